@@ -1,0 +1,133 @@
+"""A training step of CA3D against the plain version in peers_model.py: frames/s and peak memory.
+
+Both models have the published pool placement, attention and weights. Times are medians over
+interleaved rounds (see interleaved.py); a step is forward, backward and SGD. Peak memory is the
+growth of the process's maximum resident size over three steps, from what it was with the model, the
+input and the optimizer built and the convolution library warm on a tiny clip; every measurement has
+a process of its own, and transient memory (unfolded windows, copies) counts as it does in use.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interleaved import Timings, interleave
+from peers_model import PlainCA3D
+from torch import nn
+
+from ca3d.models import create
+from ca3d.models.published import entries
+
+CLASSES, BATCH, FRAMES, SIZE = 101, 4, 16, 112
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_model
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+model = test_model.build(sys.argv[2])
+step = test_model.training_step(model, test_model.BATCH)
+test_model.training_step(model, 2, size=16)()
+before = resident()
+for _ in range(3):
+    step()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps(peak - before))
+"""
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    if name == "peer":
+        return PlainCA3D(CLASSES, FRAMES)
+    return create("ca3d", CLASSES, preset="published", frames=FRAMES)
+
+
+def training_step(model: nn.Module, batch: int, size: int = SIZE) -> Any:
+    clip, labels = torch.randn(batch, 3, FRAMES, size, size), torch.arange(batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(clip), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def inference(model: nn.Module) -> Any:
+    clip = torch.randn(1, 3, FRAMES, SIZE, SIZE)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(clip)
+
+    model.eval()
+    return run
+
+
+def report(benchmark: Any, timings: Timings, frames: int) -> None:
+    """Writes frames/s of both models, and their ratio, into the benchmark's record."""
+    for name in ("ours", "peer"):
+        speed = frames / timings.median(name)
+        benchmark.extra_info[f"{name}_frames_per_second"] = round(speed, 2)
+    ratio = round(timings.ratio("peer", "ours"), 2)
+    benchmark.extra_info["ours_over_peer_frames_per_second"] = ratio
+
+
+def test_same_function() -> None:
+    """The peer computes what our model computes: the ratios compare like with like."""
+    ours = create("ca3d", CLASSES, preset="published", frames=4).double().eval()
+    peer = PlainCA3D(CLASSES, frames=4).double().eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.uniform_(-0.1, 0.1)
+    state = peer.state_dict()
+    ours.load_state_dict({e.ours: e.convert(state[e.published]) for e in entries(ours)})
+    clip = torch.randn(1, 3, 4, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(clip), peer(clip))
+
+
+@pytest.mark.benchmark(group="model: training step, batch 4, 16x112x112, float32")
+def test_training_step(benchmark: Any) -> None:
+    steps = {name: training_step(build(name), BATCH) for name in ("ours", "peer")}
+    timings = interleave(steps, rounds=5, warmup=1, budget=120)
+    report(benchmark, timings, BATCH * FRAMES)
+    benchmark.pedantic(steps["ours"], rounds=1)
+
+
+@pytest.mark.benchmark(group="model: inference, batch 1, 16x112x112, float32")
+def test_inference(benchmark: Any) -> None:
+    runs = {name: inference(build(name)) for name in ("ours", "peer")}
+    timings = interleave(runs, rounds=7, warmup=1, budget=60)
+    report(benchmark, timings, FRAMES)
+    benchmark.pedantic(runs["ours"], rounds=1)
+
+
+@pytest.mark.benchmark(group="model: peak memory of a training step, batch 4, 16x112x112, float32")
+def test_peak_memory(benchmark: Any) -> None:
+    def measure(name: str) -> int:
+        here = str(Path(__file__).parent)
+        command = [sys.executable, "-c", MEASURE, here, name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(json.loads(done.stdout.splitlines()[-1]))
+
+    rounds = [[measure(name) for name in ("ours", "peer")] for _ in range(3)]
+    ours, peer = (median(column) for column in zip(*rounds, strict=True))
+    benchmark.extra_info["ours_peak_bytes"] = ours
+    benchmark.extra_info["peer_peak_bytes"] = peer
+    benchmark.extra_info["ours_over_peer_peak"] = round(ours / peer, 3)
+    benchmark.pedantic(lambda: None, rounds=1)

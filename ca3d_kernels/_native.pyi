@@ -1,0 +1,56 @@
+"""Compiled CPU kernels. Addresses are raw pointers, strides count elements."""
+
+from array import array
+
+_Operand = tuple[int, int, int, int, int]
+
+def version() -> str: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+def openmp() -> str: ...
+def local_attention_forward(
+    dtype: str,
+    sizes: tuple[int, int, int, int, int],
+    window: tuple[int, int, int, int],
+    scale: float,
+    key_table: list[int],
+    q: _Operand,
+    k: _Operand,
+    v: _Operand,
+    o: _Operand,
+    threads: int,
+) -> None: ...
+def local_attention_backward(
+    dtype: str,
+    sizes: tuple[int, int, int, int, int],
+    window: tuple[int, int, int, int],
+    scale: float,
+    key_table: list[int],
+    q: _Operand,
+    k: _Operand,
+    v: _Operand,
+    do: _Operand,
+    dq: _Operand,
+    dk: _Operand,
+    dv: _Operand,
+    threads: int,
+) -> None: ...
+def preparam_sgd_step(
+    table: array[int],
+    param: str,
+    pre_param: str,
+    hyper: tuple[float, float, float, float, float, float],
+    nesterov: bool,
+    rounding: str,
+    threads: int,
+) -> None: ...
+def preparam_sgd_step_overflows(
+    table: array[int],
+    param: str,
+    pre_param: str,
+    hyper: tuple[float, float, float, float, float, float],
+    nesterov: bool,
+    rounding: str,
+    threads: int,
+) -> bool: ...

@@ -1,0 +1,232 @@
+"""Local temporal attention as a layer for video features."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ca3d_kernels.local_attention import op
+from ca3d_kernels.local_attention.functional import (
+    KeyTable,
+    check_count,
+    check_options,
+    published_key_table,
+    with_context,
+)
+
+
+class LocalTemporalAttention(nn.Module):
+    """Multi-head attention of every pixel to itself in the neighbouring frames.
+
+    Queries, keys and values come from one linear map per head (heads are contiguous groups of
+    channels), then `local_temporal_attention` runs along time, pixel by pixel; no positional
+    embedding is added. The layer works on the ``torch.channels_last_3d`` layout without a copy;
+    input in another layout is converted once.
+
+    Args:
+        channels: number of channels C.
+        heads: number of heads; must divide channels.
+        kernel_size: number of frames in the window.
+        dilation, causal, edge, scale, key_table: see `local_temporal_attention`.
+        preset: ``"published"`` computes what the published CA3D code does: edge ``"zero"``, scale
+            ``1 / head_dim`` and `published_key_table`. It can't be combined with these arguments.
+        dense_qkv: one map from all channels to all queries, keys and values instead of one per
+            head.
+        bias: whether the maps have biases.
+        out_proj: whether a linear map of all channels follows the attention.
+        dropout: probability of zeroing an element of the result in training.
+        backend: see `local_temporal_attention`.
+        device, dtype: of the parameters.
+
+    Attributes:
+        qkv_weight: (heads, 3 * head_dim, head_dim): the rows of ``qkv_weight[h]`` make q, k and v
+            of head h. With dense_qkv (3 * C, C): rows of all queries, keys, then values.
+        qkv_bias: (heads, 3 * head_dim), (3 * C,) with dense_qkv, or None.
+        out_proj: `torch.nn.Linear` or None.
+
+    Shape:
+        (B, C, T, H, W) to the same shape, in channels_last_3d layout.
+
+    Raises:
+        TypeError, ValueError: an option is out of range, channels are not divisible by heads, or
+            the input has another rank, number of channels, dtype or device.
+
+    Example:
+        >>> layer = LocalTemporalAttention(channels=32, heads=4, kernel_size=5)
+        >>> layer(torch.randn(2, 32, 8, 7, 7)).shape
+        torch.Size([2, 32, 8, 7, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        kernel_size: int = 5,
+        *,
+        dilation: int = 1,
+        causal: bool = False,
+        edge: str = "truncate",
+        scale: float | None = None,
+        key_table: KeyTable | None = None,
+        preset: str | None = None,
+        dense_qkv: bool = False,
+        bias: bool = True,
+        out_proj: bool = False,
+        dropout: float = 0.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = check_count("channels", channels)
+        self.heads = check_count("heads", heads)
+        if self.channels % self.heads:
+            raise ValueError(f"channels={channels} must be divisible by heads={heads}")
+        self.head_dim = self.channels // self.heads
+        if preset == "published":
+            if (edge, scale, key_table) != ("truncate", None, None):
+                raise ValueError(
+                    "preset='published' sets edge, scale and key_table; leave them at their "
+                    f"defaults, got edge={edge!r}, scale={scale!r}, key_table={key_table!r}"
+                )
+            edge, scale = "zero", 1 / self.head_dim
+            key_table = published_key_table(self.heads, check_count("kernel_size", kernel_size))
+        elif preset is not None:
+            raise ValueError(f"preset must be 'published' or None, got {preset!r}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be in 0 to 1, got {dropout!r}")
+        self.preset = preset
+        self.dense_qkv = dense_qkv
+        self._options = check_options(
+            self.heads, kernel_size, dilation, causal, scale, edge, key_table, backend
+        )
+        shape = (
+            (3 * self.channels, self.channels)
+            if dense_qkv
+            else (self.heads, 3 * self.head_dim, self.head_dim)
+        )
+        self.qkv_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.qkv_bias: nn.Parameter | None
+        if bias:
+            self.qkv_bias = nn.Parameter(torch.empty(shape[:-1], device=device, dtype=dtype))
+        else:
+            self.register_parameter("qkv_bias", None)
+        self.out_proj = (
+            nn.Linear(channels, channels, bias=bias, device=device, dtype=dtype)
+            if out_proj
+            else None
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    @property
+    def kernel_size(self) -> int:
+        """Number of frames in the window."""
+        return self._options.kernel_size
+
+    def reset_parameters(self) -> None:
+        """Draws all weights from Xavier's normal distribution and sets the biases to 0.
+
+        As in the published code, the fan-out of the map per head counts the rows of all heads:
+        the standard deviation is ``sqrt(2 / (head_dim + 3 * channels))``.
+
+        Example:
+            >>> LocalTemporalAttention(8, 2).qkv_bias.abs().max().item()
+            0.0
+        """
+        with torch.no_grad():
+            fan_in = self.qkv_weight.shape[-1]
+            self.qkv_weight.normal_(0, math.sqrt(2 / (fan_in + 3 * self.channels)))
+            if self.qkv_bias is not None:
+                self.qkv_bias.zero_()
+            if self.out_proj is not None:
+                nn.init.xavier_normal_(self.out_proj.weight)
+                if self.out_proj.bias is not None:
+                    self.out_proj.bias.zero_()
+
+    def _project(self, x: Tensor) -> Tensor:
+        """QKV of pixels (B, T, N, C), as a view (B, N, heads, 3, T, head_dim)."""
+        weight, bias = self.qkv_weight, self.qkv_bias
+        if self.dense_qkv:
+            y = F.linear(x, weight, bias)
+            return y.unflatten(-1, (3, self.heads, self.head_dim)).permute(0, 2, 4, 3, 1, 5)
+        if _convolution_is_fast(x):
+            # The map per head is a grouped 1x1 convolution, which reads and writes this layout.
+            kernel = weight.flatten(0, 1)[:, :, None, None]
+            shift = None if bias is None else bias.flatten()
+            y = F.conv2d(x.permute(0, 3, 1, 2), kernel, shift, groups=self.heads)
+            y = y.permute(0, 2, 3, 1)
+        else:
+            y = _per_head_linear(x, weight, bias)
+        return y.unflatten(-1, (self.heads, 3, self.head_dim)).permute(0, 2, 3, 4, 1, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends along T, (B, C, T, H, W) to the same shape; see the class."""
+        self._check_input(x)
+        size = x.shape[-2:]
+        # All views below keep the channels last: strides of size-1 dimensions that say otherwise
+        # make torch's convolution copy.
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        x = x.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, N, C)
+        x = op.attention_packed(self._project(x), *with_context(self._options))
+        x = x.permute(0, 3, 1, 2, 4).flatten(-2)  # (B, T, N, C)
+        if self.out_proj is not None:
+            x = self.out_proj(x)
+        return self.dropout(x).unflatten(2, size).permute(0, 4, 1, 2, 3)
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.dim() != 5 or x.shape[1] != self.channels:
+            raise ValueError(f"x must be (B, {self.channels}, T, H, W), got {tuple(x.shape)}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"x must not be empty in C, T, H and W, got {tuple(x.shape)}")
+        weight = self.qkv_weight
+        if x.device != weight.device:
+            raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
+        if not x.is_floating_point() or (
+            x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        ):
+            raise TypeError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        options, text = self._options, [str(self.channels), f"heads={self.heads}"]
+        text.append(f"kernel_size={options.kernel_size}")
+        text += [f"dilation={options.dilation}"] * (options.dilation != 1)
+        text += ["causal=True"] * options.causal
+        if self.preset is not None:
+            text.append(f"preset={self.preset!r}")
+        else:
+            text += [f"edge={options.edge!r}"] * (options.edge != "truncate")
+            text += [f"scale={options.scale}"] * (options.scale is not None)
+            text += ["key_table=..."] * bool(options.key_table)
+        text += ["dense_qkv=True"] * self.dense_qkv
+        text += ["bias=False"] * (self.qkv_bias is None)
+        text += [f"backend={options.backend!r}"] * bool(options.backend)
+        return ", ".join(text)
+
+
+def _convolution_is_fast(x: Tensor) -> bool:
+    """Whether torch has a fast convolution for this input.
+
+    On a CPU it has one for bfloat16, and for float32 with several threads. Otherwise it copies to
+    the other layout; its backward in float16 takes a hundred times the time of matrix products.
+    """
+    if x.device.type != "cpu" or x.dtype == torch.bfloat16:
+        return True
+    if x.dtype == torch.float16:
+        return not torch.is_grad_enabled()
+    # torch.compile and torch.export can't trace the number of threads.
+    several = torch.compiler.is_compiling() or torch.get_num_threads() > 1
+    return x.dtype == torch.float32 and several
+
+
+def _per_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The map per head as matrix products, (B, T, N, C) -> (B, T, N, 3 * C)."""
+    heads = len(weight)
+    biases = [None] * heads if bias is None else bias
+    pixels = x.unflatten(-1, (heads, -1)).unbind(-2)
+    maps = [F.linear(*operands) for operands in zip(pixels, weight, biases, strict=True)]
+    return torch.cat(maps, -1)

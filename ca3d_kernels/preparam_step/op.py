@@ -1,0 +1,290 @@
+"""Registers ``ca3d::preparam_sgd_step`` and ``ca3d::preparam_sgd_overflows`` with torch.
+
+Both take the tensors of one dtype on one device all together. The optimizer calls `step` and
+`overflows` directly, which saves it torch's handling of long tensor lists.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ca3d_kernels import backends
+from ca3d_kernels.preparam_step.mapping import PreParamMapping
+from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped, stepped
+
+# What kernels can round to; mappings that aren't linear and "published" have no kernels.
+ROUNDINGS = ("nearest",)
+
+
+class Batch(NamedTuple):
+    """The tensors of one step under a linear map, and its numbers.
+
+    Attributes:
+        params, grads, pre_params: w, g and theta; the same number of each.
+        momenta: likewise, or none for a step without momentum.
+        hyper: the numbers of the step.
+        scale: c in w = theta / c.
+        gradient_scale: k; theta is stepped with k g.
+        rounding: one of `ROUNDINGS`.
+        backend: the demanded backend, or ``""``.
+        cache: where kernels may keep what they derived from params, pre_params and momenta, for
+            whoever steps the same lists again; None for others.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    pre_params: list[Tensor]
+    momenta: list[Tensor]
+    hyper: Hyperparameters
+    scale: float
+    gradient_scale: float
+    rounding: str = "nearest"
+    backend: str = ""
+    cache: dict[str, Any] | None = None
+
+
+class Kernels(Protocol):
+    """What a backend provides for this op."""
+
+    def step(self, batch: Batch) -> None:
+        """Writes the new theta, momentum and w of every tensor."""
+
+    def overflows(self, batch: Batch) -> bool:
+        """Whether `step` would store a value that isn't finite, or a gradient holds one."""
+
+
+class _Linear(PreParamMapping):
+    """A linear map given by its two factors."""
+
+    def __init__(self, scale: float, gradient_scale: float) -> None:
+        self.scale = scale
+        self.gradient_scale = gradient_scale
+
+    def to_param(self, pre_param: Tensor) -> Tensor:
+        return pre_param / self.scale
+
+    def map_grad(self, grad: Tensor, param: Tensor) -> Tensor:
+        return grad * self.gradient_scale
+
+
+class ReferenceKernels:
+    """The definition in torch operations, on any device."""
+
+    def _stepped(self, batch: Batch, i: int) -> Stepped:
+        return stepped(
+            batch.params[i],
+            batch.grads[i],
+            batch.pre_params[i],
+            batch.momenta[i] if batch.momenta else None,
+            _Linear(batch.scale, batch.gradient_scale),
+            batch.hyper,
+            batch.rounding,
+        )
+
+    def step(self, batch: Batch) -> None:
+        """See `Kernels`."""
+        for i in range(len(batch.params)):
+            new = self._stepped(batch, i)
+            batch.params[i].copy_(new.param)
+            batch.pre_params[i].copy_(new.pre_param)
+            if batch.momenta and new.momentum is not None:
+                batch.momenta[i].copy_(new.momentum)
+
+    def overflows(self, batch: Batch) -> bool:
+        """See `Kernels`."""
+        return any(
+            not bool(grad.isfinite().all()) or not self._stepped(batch, i).is_finite()
+            for i, grad in enumerate(batch.grads)
+        )
+
+
+def _load_cpu() -> Kernels:
+    from ca3d_kernels.preparam_step.cpu import NativeKernels
+
+    return NativeKernels()
+
+
+def _cpu_unavailable(device: str) -> str | None:
+    if device != "cpu":
+        return "it serves CPU tensors only"
+    return backends.native_lacks("preparam_sgd_step", "preparam_sgd_step_overflows")
+
+
+backends.register(
+    "preparam_step", backends.Implementation("reference", ReferenceKernels, lambda device: None)
+)
+backends.register("preparam_step", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether element i of both lies at the same offset, for tensors of one shape.
+
+    Example:
+        >>> same_layout(torch.empty(2, 3), torch.empty(3, 2).t())
+        False
+    """
+    return a.stride() == b.stride() or all(
+        x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1
+    )
+
+
+def step(batch: Batch) -> None:
+    """Steps every tensor of a checked batch with the chosen backend.
+
+    Args:
+        batch: tensors that agree in shape and layout, one dtype for w and g and one for theta and
+            momentum.
+
+    Raises:
+        ValueError: the demanded backend can't run here.
+
+    Example:
+        >>> w, g = torch.tensor([0.5]), torch.tensor([1.0])
+        >>> step(Batch([w], [g], [128 * w], [], Hyperparameters(lr=0.25), 128.0, 128.0))
+        >>> w
+        tensor([0.2500])
+    """
+    if not batch.params:
+        return
+    with torch.no_grad():
+        backends.run(
+            "preparam_step",
+            batch.params[0].device.type,
+            batch.backend,
+            lambda kernels: kernels.step(batch),
+        )
+
+
+def overflows(batch: Batch) -> Tensor:
+    """1 if stepping a checked batch would store a value that isn't finite, or a gradient holds one.
+
+    Args:
+        batch: as for `step`; nothing is written.
+
+    Returns:
+        A float32 scalar, 0 or 1, on the tensors' device.
+
+    Raises:
+        ValueError: the demanded backend can't run here.
+
+    Example:
+        >>> w, g = torch.tensor([0.5]), torch.tensor([torch.nan])
+        >>> overflows(Batch([w], [g], [128 * w], [], Hyperparameters(lr=0.25), 128.0, 128.0))
+        tensor(1.)
+    """
+    if not batch.params:
+        return torch.zeros(())
+    device = batch.params[0].device
+    with torch.no_grad():
+        found = backends.run(
+            "preparam_step", device.type, batch.backend, lambda kernels: kernels.overflows(batch)
+        )
+    return torch.tensor(float(found), device=device)
+
+
+def _check(batch: Batch) -> None:
+    """Raises a ValueError or TypeError for tensors that don't fit together."""
+    count = len(batch.params)
+    for name, tensors in (("grads", batch.grads), ("pre_params", batch.pre_params)):
+        if len(tensors) != count:
+            raise ValueError(f"{name} must hold {count} tensors as params does, got {len(tensors)}")
+    if batch.momenta and len(batch.momenta) != count:
+        raise ValueError(f"momenta must be empty or hold {count} tensors, got {len(batch.momenta)}")
+    if bool(batch.momenta) != (batch.hyper.momentum != 0) and count:
+        raise ValueError(
+            f"momenta must hold tensors if and only if momentum is not 0, "
+            f"got {len(batch.momenta)} with momentum {batch.hyper.momentum}"
+        )
+    if batch.rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {batch.rounding!r}")
+    for i in range(count):
+        _check_tensors(batch, i)
+
+
+def _check_tensors(batch: Batch, i: int) -> None:
+    w, theta = batch.params[i], batch.pre_params[i]
+    expected = [
+        (f"params[{i}]", w, batch.params[0].dtype),
+        (f"grads[{i}]", batch.grads[i], batch.params[0].dtype),
+        (f"pre_params[{i}]", theta, batch.pre_params[0].dtype),
+    ]
+    if batch.momenta:
+        expected.append((f"momenta[{i}]", batch.momenta[i], batch.pre_params[0].dtype))
+    for name, tensor, dtype in expected:
+        if not tensor.dtype.is_floating_point or tensor.dtype != dtype:
+            raise TypeError(f"{name} must be of dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != w.device or w.device != batch.params[0].device:
+            raise ValueError(f"{name} must be on {batch.params[0].device}, got {tensor.device}")
+        if tensor.shape != w.shape:
+            raise ValueError(f"{name} must have shape {tuple(w.shape)}, got {tuple(tensor.shape)}")
+        if not same_layout(tensor, w):
+            raise ValueError(f"{name} must have the strides {w.stride()}, got {tensor.stride()}")
+
+
+def _batch(
+    params: list[Tensor],
+    grads: list[Tensor],
+    pre_params: list[Tensor],
+    momenta: list[Tensor],
+    hyper: Tensor,
+    nesterov: bool,
+    rounding: str,
+    backend: str,
+) -> Batch:
+    if hyper.numel() != 6:
+        raise ValueError(f"hyper must hold 6 numbers, got {hyper.numel()}")
+    lr, momentum, dampening, weight_decay, scale, gradient_scale = hyper.tolist()
+    batch = Batch(
+        params,
+        grads,
+        pre_params,
+        momenta,
+        Hyperparameters(lr, momentum, dampening, weight_decay, nesterov),
+        scale,
+        gradient_scale,
+        rounding,
+        backend,
+    )
+    _check(batch)
+    return batch
+
+
+def _step_op(*arguments: Any, found_inf: Tensor | None = None) -> None:
+    batch = _batch(*arguments)
+    if found_inf is not None and bool(found_inf):
+        return
+    step(batch)
+    written = [*batch.params, *batch.pre_params, *batch.momenta]
+    torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
+
+
+def _overflows_op(*arguments: Any) -> Tensor:
+    return overflows(_batch(*arguments))
+
+
+# hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale) in float64.
+_TAIL = "Tensor hyper, bool nesterov, str rounding, str backend"
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "preparam_sgd_step": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] pre_params, Tensor(c!)[] momenta, "
+        f"{_TAIL}, *, Tensor? found_inf=None) -> ()",
+        _step_op,
+        lambda *arguments, found_inf=None: None,
+    ),
+    "preparam_sgd_overflows": (
+        "(Tensor[] params, Tensor[] grads, Tensor[] pre_params, Tensor[] momenta, "
+        f"{_TAIL}) -> Tensor",
+        _overflows_op,
+        lambda params, *arguments: torch.empty((), device=params[0].device if params else None),
+    ),
+}
+
+_library = torch.library.Library("ca3d", "FRAGMENT")
+for _name, (_schema, _kernel, _fake) in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _device in ("CPU", "CUDA"):
+        # no_grad: torch operations inside an op must not record a graph of their own.
+        _library.impl(_name, torch.no_grad()(_kernel), _device)
+    torch.library.register_fake(f"ca3d::{_name}", _fake, lib=_library)

@@ -1,0 +1,418 @@
+"""SGD that trains pre-parameters and writes the weights in the same pass."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ca3d_kernels import backends
+from ca3d_kernels.preparam_step import op
+from ca3d_kernels.preparam_step.mapping import LinearMapping, PreParamMapping
+from ca3d_kernels.preparam_step.plan import Plan, Seen, options, seen
+from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped
+
+ROUNDINGS = ("nearest", "published")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class PreParamSGD(Optimizer):
+    """SGD on pre-parameters (section "pre-parameters" of arXiv 2505.19928).
+
+    Each weight w has a pre-parameter theta (equation 1: w = w(theta)), which is stepped with the
+    mapped gradient G (equation 2) and a momentum m of its own:
+
+        d = G + weight_decay theta;  m = momentum m + (1 - dampening) d  (m = d in the first step);
+        theta = theta - lr (d + momentum m with Nesterov momentum, else m);  w = w(theta).
+
+    theta and m are stored in the dtype of w, so that float16 training keeps nothing wider. All
+    tensors are stepped together by compiled kernels that write theta, m and w in one pass (linear
+    maps with rounding="nearest"; other maps and roundings run in torch operations). theta is
+    derived from w at the first step. If w is changed outside afterwards (load_state_dict,
+    averaging, `.to()`), theta is derived again, with a warning. Inside `torch.compile` a step runs
+    eagerly. Tensor results are the same, bit for bit, for any number of threads.
+
+    Args:
+        params: parameters, or dicts of groups which may set every option but `skip_nonfinite` and
+            `backend`; float16, bfloat16, float32 or float64.
+        lr: learning rate, a number or a tensor with one element, >= 0. It acts on theta; with a
+            linear map the steps of w are those of SGD on w with the same lr.
+        momentum: >= 0; 0 stores no momentum.
+        dampening: of the momentum.
+        weight_decay: >= 0.
+        nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
+        mapping: the map; None is `LinearMapping(128.0)`.
+        rounding: "nearest" computes in float32 (float64 for float64) and rounds each stored value
+            once. "published" rounds every operation to the dtype of theta, as the code published
+            with the paper does.
+        skip_nonfinite: skip the step, and write nothing, if a gradient is not finite or a value
+            that would be stored is not. Skipped steps are counted in `skipped_steps`.
+        compensated: not available yet, must be False.
+        pre_param_dtype: dtype of theta and momentum; None is that of w. It may be wider than w's:
+            float32 with float16 weights are the classic master weights.
+        backend: "cpu", "reference" or None for the fastest; see `ca3d_kernels.use_backend`.
+
+    Raises:
+        TypeError: an argument or parameter is of a wrong type or dtype.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = PreParamSGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> model(torch.ones(3, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> theta = optimizer.state[model.weight]["pre_parameter"]
+        >>> bool((theta / 128 == model.weight).all())
+        True
+    """
+
+    # torch.amp.GradScaler then leaves unscaling and skipping to `step`.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        mapping: PreParamMapping | None = None,
+        rounding: str = "nearest",
+        skip_nonfinite: bool = False,
+        compensated: bool = False,
+        pre_param_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if compensated:
+            raise ValueError(f"compensated must be False (not available yet), got {compensated!r}")
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
+        backends.requested(backend)
+        self.skip_nonfinite = skip_nonfinite
+        self.backend = backend
+        self._skipped = 0
+        self._plans: dict[int, Plan] = {}
+        self._states: list[Any] = []
+        self._seen: dict[Tensor, Seen] = {}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "mapping": LinearMapping() if mapping is None else mapping,
+            "rounding": rounding,
+            "pre_param_dtype": pre_param_dtype,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as `torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: "params" and any options of the group.
+
+        Raises:
+            TypeError: an option or parameter is of a wrong type or dtype.
+            ValueError: an option is out of range.
+
+        Example:
+            >>> optimizer = PreParamSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+            >>> optimizer.add_param_group({"params": torch.nn.Parameter(torch.ones(2)), "lr": 1.0})
+            >>> [group["lr"] for group in optimizer.param_groups]
+            [0.1, 1.0]
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_options(group)
+            for i, param in enumerate(group["params"]):
+                _check_param(i, param, group["pre_param_dtype"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because of a value that isn't finite."""
+        return self._skipped
+
+    # Not torch.compiler.disable, which imports the whole compiler when this module is imported.
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Any:
+        """Steps every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+            found_inf: a tensor with one element; if it isn't 0 the step is skipped and counted. The
+                optimizer then makes no check of its own.
+            grad_scale: a tensor with one element that gradients are divided by.
+
+        Returns:
+            The closure's result, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            TypeError: `found_inf` or `grad_scale` is not a tensor.
+            ValueError: an option of a group has become invalid, `found_inf` or `grad_scale` has
+                more than one element, or the demanded backend can't run here.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = PreParamSGD([w], lr=0.5, skip_nonfinite=True)
+            >>> w.grad = torch.tensor([1.0, torch.inf])
+            >>> optimizer.step()
+            >>> w.tolist(), optimizer.skipped_steps
+            ([1.0, 1.0], 1)
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = _scalar(getattr(self, "found_inf", None) if found_inf is None else found_inf)
+        grad_scale = _scalar(
+            getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
+        )
+        plans = self._prepare(1.0 if grad_scale is None else float(grad_scale))
+        try:
+            if self._step(plans, found_inf):
+                self._skipped += 1
+        finally:
+            for plan in plans:
+                plan.release()
+        return loss
+
+    def _step(self, plans: list[Plan], found_inf: Tensor | None) -> bool:
+        """Steps everything; returns whether that was not done because of a flag or an overflow."""
+        parts = [part for plan in plans for part in plan.parts]
+        singles = [single for plan in plans for single in plan.singles]
+        results: list[Stepped] | None = None
+        if found_inf is not None:
+            if bool(found_inf):
+                return True
+        elif self.skip_nonfinite:
+            results = [single.stepped() for single in singles]
+            if any(bool(op.overflows(part.batch)) for part in parts) or any(
+                not bool(single.grad.isfinite().all()) or not result.is_finite()
+                for single, result in zip(singles, results, strict=True)
+            ):
+                return True
+        for part in parts:
+            op.step(part.batch)
+            part.written()
+        for i, single in enumerate(singles):
+            single.write(single.stepped() if results is None else results[i])
+            self._seen[single.param] = seen(single.param)
+        return False
+
+    def _prepare(self, grad_scale: float) -> list[Plan]:
+        """Plans of all groups, with the gradients and numbers of this step."""
+        backend = backends.requested(self.backend)
+        plans = []
+        rederived = 0
+        same_states = len(self._states) == len(self.state) and all(
+            map(is_, self.state.values(), self._states)
+        )
+        for i, group in enumerate(self.param_groups):
+            _check_options(group)
+            hyper = Hyperparameters(
+                float(group["lr"]),
+                float(group["momentum"]),
+                float(group["dampening"]),
+                float(group["weight_decay"]),
+                group["nesterov"],
+            )
+            plan = self._plans.get(i)
+            if plan is None or not (same_states and plan.accepts(group, backend)):
+                if plan is not None:
+                    self._take_over(plan, options(group, backend))
+                plan = Plan.make(group, backend, self.state, self._seen, hyper)
+                rederived += plan.rederived
+                self._plans[i] = plan
+            plan.prepare(hyper, grad_scale)
+            plans.append(plan)
+        self._states = list(self.state.values())
+        if rederived:
+            warnings.warn(
+                f"{rederived} parameters were changed outside PreParamSGD: their pre-parameters "
+                "are derived from the weights again (momentum is kept)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return plans
+
+    def _take_over(self, old: Plan, new_options: tuple[Any, ...]) -> None:
+        """Remembers when theta was last in step with the weights of a plan that is given up."""
+        for part in old.parts:
+            self._seen.update(part.seen())
+        if new_options != old.options:
+            # Another map, say: theta is to be compared with the weights.
+            for param in old.params:
+                self._seen.pop(param, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State as `torch.optim.Optimizer.state_dict`, for `torch.save` and `torch.load`.
+
+        Returns:
+            "state" (by index of the parameter: "pre_parameter" and "momentum_buffer"),
+            "param_groups" (each map by its repr) and "skipped_steps".
+
+        Example:
+            >>> optimizer = PreParamSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+            >>> optimizer.state_dict()["param_groups"][0]["mapping"]
+            'LinearMapping(scale=128.0, loss_factor=1.0)'
+        """
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["mapping"] = repr(group["mapping"])
+        state_dict["skipped_steps"] = self.skipped_steps
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned. Each state tensor keeps its dtype.
+
+        Args:
+            state_dict: copied, not kept.
+
+        Raises:
+            ValueError: it is of another optimizer, another map, or other parameters. Nothing has
+                been loaded then.
+
+        Example:
+            >>> optimizer = PreParamSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+            >>> optimizer.load_state_dict(optimizer.state_dict())
+        """
+        loaded: dict[str, Any] = {}
+        mappings = [group["mapping"] for group in self.param_groups]
+
+        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            # The last of the pre-hooks: it sees what the user's hooks made of the argument.
+            loaded.update(self._checked(state_dict))
+            return loaded
+
+        def restore(optimizer: Optimizer) -> None:
+            # torch has copied the maps and cast the state to the dtypes of the parameters: take
+            # this optimizer's own maps, and the state as it was saved.
+            for group, mapping in zip(self.param_groups, mappings, strict=True):
+                group["mapping"] = mapping
+            saved = [i for group in loaded["param_groups"] for i in group["params"]]
+            params = [param for group in self.param_groups for param in group["params"]]
+            for i, param in zip(saved, params, strict=True):
+                for name, value in loaded["state"].get(i, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[param][name] = value.to(device=param.device, copy=True)
+
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._skipped = int(loaded.get("skipped_steps", 0))
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state_dict with this optimizer's maps, after checking that it fits."""
+        groups = []
+        for i, (group, saved) in enumerate(
+            zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ):
+            if "mapping" not in saved:
+                raise ValueError(f"state_dict is not one of PreParamSGD: group {i} has no mapping")
+            if saved["mapping"] != repr(group["mapping"]):
+                raise ValueError(
+                    f"state_dict holds pre-parameters of {saved['mapping']} in group {i}, "
+                    f"this optimizer has {group['mapping']!r}"
+                )
+            groups.append({**saved, "mapping": group["mapping"]})
+            for key, param in zip(saved["params"], group["params"], strict=False):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and value.shape != param.shape:
+                        raise ValueError(
+                            f"{name} of parameter {key} has shape {tuple(value.shape)}, "
+                            f"expected {tuple(param.shape)}"
+                        )
+        groups.extend(state_dict["param_groups"][len(groups) :])
+        return {**state_dict, "param_groups": groups}
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("skip_nonfinite", "backend", "_skipped")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        self._states = []
+        self._seen = {}
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    """Raises a TypeError or ValueError for an option of a group that is not allowed."""
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor):
+            if name != "lr" or value.numel() != 1:
+                raise ValueError(f"{name} must be a number{_or_tensor(name)}, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number{_or_tensor(name)}, got {value!r}")
+        number = float(value)
+        if not math.isfinite(number) or (number < 0 and name != "dampening"):
+            allowed = "finite" if name == "dampening" else "finite and at least 0"
+            raise ValueError(f"{name} must be {allowed}, got {number}")
+    if not isinstance(group["nesterov"], bool):
+        raise TypeError(f"nesterov must be True or False, got {group['nesterov']!r}")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            "nesterov needs momentum > 0 and dampening 0, "
+            f"got momentum {group['momentum']} and dampening {group['dampening']}"
+        )
+    if not isinstance(group["mapping"], PreParamMapping):
+        raise TypeError(
+            "mapping must be a PreParamMapping such as LinearMapping(128.0), "
+            f"got {group['mapping']!r}"
+        )
+    if group["rounding"] not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
+    dtype = group["pre_param_dtype"]
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"pre_param_dtype must be None or one of {_DTYPES}, got {dtype!r}")
+
+
+def _or_tensor(name: str) -> str:
+    return " or a tensor with one element" if name == "lr" else ""
+
+
+def _check_param(i: int, param: Tensor, pre_param_dtype: torch.dtype | None) -> None:
+    if param.dtype not in _DTYPES:
+        raise TypeError(f"parameter {i} must be of one of the dtypes {_DTYPES}, got {param.dtype}")
+    wide = pre_param_dtype or param.dtype
+    if torch.promote_types(param.dtype, wide) != wide:
+        raise ValueError(
+            f"pre_param_dtype {wide} can't hold parameter {i}, which is of dtype {param.dtype}"
+        )
+
+
+def _scalar(value: object) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"found_inf and grad_scale must be tensors, got {value!r}")
+    if value.numel() != 1:
+        raise ValueError(f"found_inf and grad_scale must have one element, got {value.numel()}")
+    return value

@@ -1,0 +1,160 @@
+// Python module `_native`: raw pointers, sizes and strides in, kernels out. It knows no torch.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/dtype.h"
+#include "local_attention/local_attention.h"
+#include "preparam_step/preparam_step.h"
+
+namespace py = pybind11;
+
+namespace {
+
+ca3d::DType parse_dtype(const std::string& name) {
+  if (name == "float32") return ca3d::DType::kFloat32;
+  if (name == "float64") return ca3d::DType::kFloat64;
+  if (name == "float16") return ca3d::DType::kFloat16;
+  if (name == "bfloat16") return ca3d::DType::kBFloat16;
+  throw std::invalid_argument("dtype '" + name +
+                              "' is not supported; allowed: float32, float64, float16, bfloat16");
+}
+
+// (address, stride of outer, inner, head, frame), strides in elements.
+ca3d::StridedRows parse_rows(const std::array<int64_t, 5>& rows) {
+  return {reinterpret_cast<void*>(rows[0]), rows[1], rows[2], rows[3], rows[4]};
+}
+
+// sizes is (outer, inner, heads, frames, head_dim), window (kernel_size, dilation, causal, edge).
+ca3d::LocalAttentionProblem parse_attention(const std::string& dtype,
+                                            const std::array<int64_t, 5>& sizes,
+                                            const std::array<int64_t, 4>& window, double scale,
+                                            const std::vector<int64_t>& key_table) {
+  if (window[2] != 0 && window[2] != 1) {
+    throw std::invalid_argument("causal must be 0 or 1, got " + std::to_string(window[2]));
+  }
+  if (window[3] < 0 || window[3] > 2) {
+    throw std::invalid_argument("edge must be 0 (truncate), 1 (zero) or 2 (shift), got " +
+                                std::to_string(window[3]));
+  }
+  const size_t expected = static_cast<size_t>(sizes[2]) * static_cast<size_t>(window[0]) * 2;
+  if (!key_table.empty() && key_table.size() != expected) {
+    throw std::invalid_argument("key_table must have heads * kernel_size * 2 entries, got " +
+                                std::to_string(key_table.size()));
+  }
+  return {parse_dtype(dtype),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          sizes[4],
+          {window[0], window[1], window[2] == 1, static_cast<ca3d::Edge>(window[3])},
+          scale,
+          key_table.empty() ? nullptr : key_table.data()};
+}
+
+void attention_forward(const std::string& dtype, const std::array<int64_t, 5>& sizes,
+                       const std::array<int64_t, 4>& window, double scale,
+                       const std::vector<int64_t>& key_table, const std::array<int64_t, 5>& q,
+                       const std::array<int64_t, 5>& k, const std::array<int64_t, 5>& v,
+                       const std::array<int64_t, 5>& o, int threads) {
+  const auto problem = parse_attention(dtype, sizes, window, scale, key_table);
+  const py::gil_scoped_release release;
+  ca3d::local_attention_forward(problem, parse_rows(q), parse_rows(k), parse_rows(v), parse_rows(o),
+                                threads);
+}
+
+void attention_backward(const std::string& dtype, const std::array<int64_t, 5>& sizes,
+                        const std::array<int64_t, 4>& window, double scale,
+                        const std::vector<int64_t>& key_table, const std::array<int64_t, 5>& q,
+                        const std::array<int64_t, 5>& k, const std::array<int64_t, 5>& v,
+                        const std::array<int64_t, 5>& go, const std::array<int64_t, 5>& dq,
+                        const std::array<int64_t, 5>& dk, const std::array<int64_t, 5>& dv,
+                        int threads) {
+  const auto problem = parse_attention(dtype, sizes, window, scale, key_table);
+  const py::gil_scoped_release release;
+  ca3d::local_attention_backward(problem, parse_rows(q), parse_rows(k), parse_rows(v),
+                                 parse_rows(go), parse_rows(dq), parse_rows(dk), parse_rows(dv),
+                                 threads);
+}
+
+// One row (param, grad, pre_param, momentum, count) a tensor: four addresses, momentum 0 for none.
+using PreParamTable = py::array_t<int64_t, py::array::c_style>;
+
+std::vector<ca3d::PreParamRun> parse_runs(const PreParamTable& table) {
+  if (table.ndim() != 1 || table.size() % 5 != 0) {
+    throw std::invalid_argument("table must be flat, with 5 numbers a tensor");
+  }
+  std::vector<ca3d::PreParamRun> runs;
+  for (const int64_t *row = table.data(), *end = row + table.size(); row != end; row += 5) {
+    runs.push_back({reinterpret_cast<void*>(row[0]), reinterpret_cast<const void*>(row[1]),
+                    reinterpret_cast<void*>(row[2]), reinterpret_cast<void*>(row[3]), row[4]});
+  }
+  return runs;
+}
+
+// hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale).
+ca3d::PreParamStep parse_step(const std::string& param, const std::string& pre_param,
+                              const std::array<double, 6>& hyper, bool nesterov,
+                              const std::string& rounding) {
+  if (rounding != "nearest") {
+    throw std::invalid_argument("rounding '" + rounding + "' is not supported; allowed: nearest");
+  }
+  return {parse_dtype(param), parse_dtype(pre_param),
+          hyper[0],           hyper[1],
+          hyper[2],           hyper[3],
+          hyper[4],           hyper[5],
+          nesterov,           ca3d::Rounding::kNearest};
+}
+
+template <auto kFunction>
+auto preparam(const PreParamTable& table, const std::string& param, const std::string& pre_param,
+              const std::array<double, 6>& hyper, bool nesterov, const std::string& rounding,
+              int threads) {
+  const ca3d::PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding);
+  const std::vector<ca3d::PreParamRun> runs = parse_runs(table);
+  const py::gil_scoped_release release;
+  return kFunction(step, runs.data(), static_cast<int64_t>(runs.size()), threads);
+}
+
+template <class Function>
+void def_preparam(py::module_& m, const char* name, Function function) {
+  m.def(name, function, py::arg("table"), py::arg("param"), py::arg("pre_param"), py::arg("hyper"),
+        py::arg("nesterov"), py::arg("rounding"), py::arg("threads"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled CPU kernels of ca3d_kernels.";
+  m.def("version", [] { return std::string(CA3D_VERSION); });
+  m.def("isa", [] { return std::string(ca3d::isa_name(ca3d::current_isa())); });
+  m.def("isas", &ca3d::supported_isas);
+  m.def("set_isa", &ca3d::set_isa, py::arg("name"));
+  m.def("local_attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"),
+        py::arg("window"), py::arg("scale"), py::arg("key_table"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("o"), py::arg("threads"));
+  m.def("local_attention_backward", &attention_backward, py::arg("dtype"), py::arg("sizes"),
+        py::arg("window"), py::arg("scale"), py::arg("key_table"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("do"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+        py::arg("threads"));
+  def_preparam(m, "preparam_sgd_step", &preparam<ca3d::preparam_sgd_step>);
+  def_preparam(m, "preparam_sgd_step_overflows", &preparam<ca3d::preparam_sgd_step_overflows>);
+  m.def("openmp", [] {
+#ifdef _OPENMP
+    return std::to_string(_OPENMP);
+#else
+    return std::string();
+#endif
+  });
+}

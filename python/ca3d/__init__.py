@@ -1,0 +1,44 @@
+"""CA3D video models, data, training and prediction on top of ca3d_kernels.
+
+Importing this package is cheap: torch is only imported by what needs it.
+
+Example:
+    >>> import ca3d
+    >>> callable(ca3d.load)
+    True
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ca3d.predict import Predictor
+
+__all__ = ["load"]
+
+
+def load(file: str | Path, device: str | None = None) -> Predictor:
+    """Loads a weights file and returns an object that predicts on video files.
+
+    Args:
+        file: A `.safetensors` file written by `ca3d train` or `ca3d convert`.
+        device: Where to compute, such as "cpu" or "cuda"; None takes CUDA when there is one.
+
+    Returns:
+        The predictor; `predictor.predict("video.mp4")` gives a `ca3d.predict.Prediction`.
+
+    Raises:
+        ca3d.errors.UserError: The file is missing, is no weights file, or lacks what prediction
+            needs (classes, colour order, mean and standard deviation).
+
+    Example:
+        >>> import ca3d
+        >>> ca3d.load("missing.safetensors")
+        Traceback (most recent call last):
+        ca3d.errors.UserError: missing.safetensors: no such file
+    """
+    from ca3d.predict import Predictor
+
+    return Predictor.from_file(file, device=device)

@@ -1,0 +1,417 @@
+"""What each command of `ca3d` does, apart from reading its options and reporting errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ca3d.errors import UserError
+
+if TYPE_CHECKING:
+    from ca3d.command_options import (
+        CacheConfig,
+        CheckConfig,
+        ConvertConfig,
+        InfoConfig,
+        ListConfig,
+        MakeConfig,
+        PredictConfig,
+        SplitConfig,
+    )
+    from ca3d.demo import DemoConfig
+    from ca3d.evaluate import EvalConfig
+    from ca3d.predict import Prediction
+    from ca3d.training.config import TrainConfig
+
+
+def train(config: TrainConfig) -> None:
+    """Trains, and says where the results are.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.training.loop import train as run
+
+    _log_warnings()
+    if not config.out:
+        config = dataclasses.replace(
+            config, out=f"runs/{Path(config.data).absolute().name}-{config.model}"
+        )
+    result = run(config)
+    print(f"\nrun folder: {result.folder}")
+    if result.best_accuracy == result.best_accuracy:
+        print(
+            f"best epoch: {result.best_epoch + 1}"
+            f" (validation top-1 {100 * result.best_accuracy:.1f} %)"
+        )
+    if result.skipped:
+        print(f"skipped steps (loss or gradient not finite): {result.skipped}")
+    if result.test is not None:
+        _print_summary(result.test, "test split, read once, best epoch")
+    print(f"use it: ca3d predict VIDEO --weights {result.folder / 'best.safetensors'}")
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Evaluates, and prints the figures.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.evaluate import evaluate as run
+
+    _log_warnings()
+    result = run(config)
+    if config.json:
+        print(_json(result.to_dict()))
+        return
+    views = f"{config.clips} clips x {config.crops} crops"
+    _print_summary(result.summary, f"{config.data}, split {result.settings['split']}, {views}")
+    for message in result.summary["broken"]:
+        print(f"left out: {message}", file=sys.stderr)
+    if config.out is not None:
+        print(f"figures, predictions and confusion matrix: {config.out}")
+
+
+def predict(config: PredictConfig) -> int:
+    """Predicts on a video or on all videos of a folder.
+
+    Args:
+        config: The options.
+
+    Returns:
+        0, or 1 when no video could be read.
+    """
+    from ca3d.predict import Predictor, find_videos
+
+    for name, fine, allowed in (
+        ("top_k", config.top_k >= 1, "at least 1"),
+        ("batch_size", config.batch_size >= 1, "at least 1"),
+        ("overlap", 0 <= config.overlap < 1, "in [0, 1)"),
+    ):
+        if not fine:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must be {allowed}, not {getattr(config, name)}")
+    videos = find_videos(config.path)
+    predictor = Predictor.from_file(
+        config.weights, None if config.device == "auto" else config.device
+    )
+    single = not Path(config.path).is_dir()
+    found: list[Prediction] = []
+    for video in videos:
+        try:
+            prediction = predictor.predict(
+                video,
+                top_k=config.top_k,
+                overlap=config.overlap,
+                batch_size=config.batch_size,
+                decoder=config.decoder,
+            )
+        except UserError as error:
+            if single:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found.append(prediction)
+        if config.picture is not None:
+            prediction.save_picture(_picture_path(config, prediction.path, single))
+        if not config.json:
+            _print_prediction(prediction, windows=config.windows or single)
+    if config.json:
+        content = [prediction.to_dict() for prediction in found]
+        print(_json(content[0] if single else content))
+    if not found:
+        raise UserError(f"{config.path}: none of the {len(videos)} videos could be read")
+    return 0
+
+
+def convert(config: ConvertConfig) -> None:
+    """Converts published weights.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.convert import convert as run
+
+    if not Path(config.input).is_file():
+        raise UserError(f"{config.input}: no such file")
+    info = run(
+        config.input,
+        config.out,
+        classes=_class_names(config.classes),
+        color=config.color,
+        mean=_three(config.mean, "--mean"),
+        std=_three(config.std, "--std"),
+        model=config.model,
+        frames=config.frames,
+        stride=config.stride,
+        frames_per_second=config.fps,
+        size=config.size,
+        resize=config.resize,
+        precision=config.precision,
+        trained_on=config.trained_on,
+    )
+    print(f"{config.out}: {info.model}, {len(info.classes)} classes, {info.color}")
+    missing = [
+        flag
+        for flag, value in (
+            ("--classes", info.classes),
+            ("--mean", info.mean),
+            ("--std", info.std),
+        )
+        if not value
+    ]
+    if missing:
+        print(f"not known: {', '.join(missing)}; `ca3d predict` and `eval` need them")
+
+
+def data_make(config: MakeConfig) -> None:
+    """Renders one of the package's data sets.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.data import embedded
+
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    name, out = options.pop("name"), options.pop("out")
+    with Bar("rendering") as bar:
+        try:
+            folder = embedded.make(name, out, progress=bar.update, **options)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+    print(f"{folder}: {embedded.describe(name)}")
+
+
+def data_check(config: CheckConfig) -> int:
+    """Looks for what is wrong with a data set.
+
+    Args:
+        config: The options.
+
+    Returns:
+        0, or 1 when something is wrong.
+    """
+    from ca3d.data.check import check
+    from ca3d.data.sampling import ClipSpec
+
+    try:
+        clip = ClipSpec(frames=config.frames, stride=config.stride, frames_per_second=config.fps)
+        with Bar("checking") as bar:
+            report = check(
+                config.data,
+                clip=clip,
+                quick=config.quick,
+                workers=config.workers,
+                decoder=config.decoder,
+                progress=bar.update,
+            )
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    print(_json(report.to_dict()) if config.json else report)
+    return report.exit_status
+
+
+def data_cache(config: CacheConfig) -> None:
+    """Decodes and shrinks all videos of a data set once.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.data.cache import build
+
+    with Bar("caching") as bar:
+        try:
+            report = build(
+                config.data,
+                config.out,
+                config.short_side,
+                format=config.format,
+                workers=config.workers,
+                decoder=config.decoder,
+                progress=bar.update,
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+    print(report)
+
+
+def data_split(config: SplitConfig) -> None:
+    """Writes split files.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.data.splits import split_dataset
+
+    shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
+    if min(shares.values()) < 0 or shares["train"] < 1e-9:
+        raise UserError(
+            f"--val {config.val} and --test {config.test} must be shares of the videos that leave"
+            " some to train on"
+        )
+    if config.seed < 0:
+        raise UserError(f"--seed must not be negative, not {config.seed}")
+    report = split_dataset(
+        config.data,
+        shares,
+        config.seed,
+        group=config.group,
+        out=config.out,
+        list_file=config.list_file,
+        overwrite=config.force,
+    )
+    print(report)
+
+
+def data_list(config: ListConfig) -> None:
+    """Lists the package's own data sets.
+
+    Args:
+        config: No options.
+    """
+    from ca3d.data import embedded
+
+    for name in embedded.names():
+        print(f"{name}: {embedded.describe(name)}")
+
+
+def demo(config: DemoConfig) -> None:
+    """Runs the demo.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.demo import run
+
+    _log_warnings()
+    run(config)
+
+
+def info(config: InfoConfig) -> None:
+    """Describes the installation, a weights file, a run, a data set or a video.
+
+    Args:
+        config: The options.
+    """
+    from ca3d import info as about
+
+    if config.models:
+        content = about.models()
+    elif config.path is None:
+        content = about.installation()
+    else:
+        content = about.describe(config.path)
+    if config.json:
+        print(_json(content))
+    else:
+        print(about.as_text(content))
+
+
+class Bar:
+    """A progress bar on a terminal, nothing elsewhere.
+
+    Args:
+        title: Stands before the bar.
+
+    Example:
+        >>> with Bar("counting") as bar:
+        ...     bar.update(1, 10)
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._progress: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Bar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task(self.title, total=None)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, done: int, total: int, *rest: object) -> None:
+        """Shows that `done` of `total` are done."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+
+def _log_warnings() -> None:
+    """Shows the package's warnings (broken videos) as plain lines on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+def _print_summary(summary: dict[str, Any], title: str) -> None:
+    print(f"{title}: {summary['videos']} videos")
+    for key, name in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):
+        print(f"  {name:<11}{100 * summary[key]:6.2f} %")
+    if summary["broken"]:
+        print(f"  {len(summary['broken'])} videos could not be read and are not counted")
+
+
+def _print_prediction(prediction: Prediction, windows: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{prediction.path}  ({prediction.duration:.1f} s)", title_justify="left")
+    table.add_column("seconds", justify="right")
+    for number in range(len(prediction.labels)):
+        table.add_column(f"{number + 1}.")
+    rows = [("all", prediction.labels)]
+    if windows and len(prediction.windows) > 1:
+        rows += [(f"{w.start:.1f} - {w.end:.1f}", w.labels) for w in prediction.windows]
+    for place, (when, labels) in enumerate(rows):
+        cells = [f"{label.name} {100 * label.probability:.0f} %" for label in labels]
+        table.add_row(when, *cells, end_section=place == 0)
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width).print(table)
+
+
+def _picture_path(config: PredictConfig, video: Path, single: bool) -> Path:
+    assert config.picture is not None
+    picture = Path(config.picture)
+    if single:
+        return picture
+    picture = picture / video.relative_to(config.path).with_suffix(".png")
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {picture.parent}: {error.strerror}") from error
+    return picture
+
+
+def _class_names(value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if Path(value).is_file():
+        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+        return tuple(line.strip() for line in lines if line.strip())
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if len(names) < 2:
+        raise UserError(f"--classes {value}: neither a file nor names separated by commas")
+    return names
+
+
+def _three(values: list[float] | None, flag: str) -> tuple[float, float, float] | None:
+    if values is None:
+        return None
+    if len(values) != 3:
+        raise UserError(f"{flag} must be three numbers, not {values}")
+    return values[0], values[1], values[2]
+
+
+def _json(value: Any) -> str:
+    from ca3d.training.logs import finite
+
+    return json.dumps(finite(value), indent=2, ensure_ascii=False)

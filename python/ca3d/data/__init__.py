@@ -1,0 +1,1 @@
+"""Video reading, data sets, sampling and transforms."""

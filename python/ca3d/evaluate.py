@@ -1,0 +1,254 @@
+"""Measuring a trained model on a split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ca3d.errors import UserError
+from ca3d.options import option
+
+if TYPE_CHECKING:
+    from ca3d.data.folder import VideoFolder
+    from ca3d.training.scoring import Scores
+
+
+@dataclass
+class EvalConfig:
+    """Every option of `ca3d eval`; `ca3d eval --help` prints what each of them means.
+
+    Raises:
+        ca3d.errors.UserError: From `validate`, naming the option, its value and what is allowed.
+
+    Example:
+        >>> EvalConfig("best.safetensors", "videos", clips=0).validate()
+        Traceback (most recent call last):
+        ca3d.errors.UserError: --clips must be at least 1, not 0
+    """
+
+    weights: str = option("", "Weights file (.safetensors) or run folder", "Data", positional=True)
+    data: str = option(
+        "", "Folder with one sub-folder of videos per class", "Data", positional=True
+    )
+    split: Literal["train", "val", "test", "all"] = option("test", "Which split", "Data")
+    list_file: str | None = option(
+        None, "CSV or JSON-lines file of videos (path,label), instead of the split", "Data"
+    )
+    clips: int = option(1, "Clips per video, evenly over its length", "Views")
+    crops: Literal[1, 3] = option(1, "Crops per clip", "Views")
+    average: Literal["logits", "softmax"] = option(
+        "logits", "What is averaged over clips and crops", "Views"
+    )
+    out: str | None = option(
+        None, "Folder for figures, confusion matrix and predictions", "Results"
+    )
+    json: bool = option(False, "Print the figures as JSON", "Results")
+    batch_size: int = option(8, "Videos in a batch", "Run")
+    workers: int | None = option(None, "Processes that read videos (0: none)", "Run")
+    device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)", "Run")
+    decoder: Literal["auto", "av", "torchcodec"] = option("auto", "Video decoder", "Run")
+
+    def validate(self) -> None:
+        """Raises `UserError` for the first option whose value is not allowed."""
+        for name in ("clips", "batch_size"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} must be at least 1, not {getattr(self, name)}")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"--workers must be at least 0, not {self.workers}")
+
+
+@dataclass
+class EvalResult:
+    """Figures of a model on a split.
+
+    Args:
+        summary: top1, top5, mean_class (shares of 1), loss, videos, broken (messages).
+        classes: Class names.
+        confusion: (classes, classes) counts of [true, predicted].
+        predictions: One row a video: path, label, predicted, probability.
+        per_class: Accuracy of each class; NaN without samples.
+        settings: What was evaluated and how.
+
+    Example:
+        >>> summary = {"top1": 0.5, "videos": 2}
+        >>> EvalResult(summary, ["run"], None, [], [0.5]).to_dict()["per_class"]
+        {'run': 0.5}
+    """
+
+    summary: dict[str, Any]
+    classes: list[str]
+    confusion: Any
+    predictions: list[dict[str, Any]]
+    per_class: list[float]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_scores(cls, scores: Scores, dataset: VideoFolder, **settings: Any) -> EvalResult:
+        """Puts names to scores.
+
+        Args:
+            scores: What `ca3d.training.scoring.score` returned for `dataset`.
+            dataset: Knows files and classes.
+            **settings: Stored with the figures.
+        """
+        best = scores.probabilities.max(1)
+        classes = list(dataset.classes)
+        predictions = [
+            {
+                "path": str(dataset.samples[index].path),
+                "label": classes[label],
+                "predicted": classes[predicted],
+                "probability": round(probability, 6),
+            }
+            for index, label, predicted, probability in zip(
+                scores.indices.tolist(),
+                scores.labels.tolist(),
+                best.indices.tolist(),
+                best.values.tolist(),
+                strict=True,
+            )
+        ]
+        return cls(
+            summary=scores.summary(),
+            classes=classes,
+            confusion=scores.metrics.confusion,
+            predictions=predictions,
+            per_class=scores.metrics.per_class.tolist(),
+            settings=settings,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures as plain values for JSON."""
+        return {
+            **self.settings,
+            **self.summary,
+            "per_class": dict(zip(self.classes, self.per_class, strict=True)),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Writes results.json, predictions.csv, confusion.csv and confusion.png.
+
+        Args:
+            folder: Where to; made when missing.
+
+        Raises:
+            ca3d.errors.UserError: The folder can't be written to.
+        """
+        from ca3d.training import plots
+        from ca3d.training.logs import write_csv, write_json
+
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot use {folder} for the results: {error.strerror}") from error
+        write_json(folder / "results.json", self.to_dict())
+        if self.predictions:
+            write_csv(folder / "predictions.csv", self.predictions)
+        rows = [
+            {"true": name, **dict(zip(self.classes, counts, strict=True))}
+            for name, counts in zip(self.classes, self.confusion.tolist(), strict=True)
+        ]
+        write_csv(folder / "confusion.csv", rows)
+        title = f"top-1 {100 * self.summary['top1']:.1f} % of {self.summary['videos']} videos"
+        plots.plot_confusion(self.confusion, self.classes, folder / "confusion.png", title)
+
+
+def evaluate(config: EvalConfig) -> EvalResult:
+    """Classifies every video of a split and counts.
+
+    Args:
+        config: The options; see `EvalConfig`.
+
+    Returns:
+        The figures; also saved when `config.out` is set.
+
+    Raises:
+        ca3d.errors.UserError: The weights or data can't be used, or none of the videos be read.
+
+    Example:
+        >>> evaluate(EvalConfig("missing.safetensors", "videos"))
+        Traceback (most recent call last):
+        ca3d.errors.UserError: missing.safetensors: no such file
+    """
+    from ca3d import precision, weights
+    from ca3d.data.folder import VideoFolder
+    from ca3d.predict import check_complete, clip_spec
+    from ca3d.training.device import choose_device
+    from ca3d.training.loader import default_workers
+    from ca3d.training.scoring import score
+
+    config.validate()
+    file = weights_file(config.weights)
+    device = choose_device(config.device)
+    model, info = weights.load(file, device=str(device))
+    check_complete(info)
+    dataset = VideoFolder(
+        config.data,
+        None if config.split == "all" or config.list_file else config.split,
+        clip=clip_spec(info),
+        training=False,
+        clips=config.clips,
+        crops=config.crops,
+        mean=info.mean,
+        std=info.std,
+        decoder=config.decoder,
+        list_file=config.list_file,
+        classes=list(info.classes),
+        color=info.color,
+    )
+    if not len(dataset):
+        raise UserError(f"{config.data}: no videos in split {config.split!r}")
+    regime = precision.for_inference(info.precision)
+    scores = score(
+        regime.prepare(model),
+        regime,
+        dataset,
+        len(info.classes),
+        batch_size=config.batch_size,
+        workers=default_workers() if config.workers is None else config.workers,
+        device=device,
+        average=config.average,
+    )
+    if not scores.metrics.count:
+        raise UserError(f"{config.data}: none of the {len(dataset)} videos could be read")
+    result = EvalResult.of_scores(
+        scores,
+        dataset,
+        weights=str(file),
+        data=config.data,
+        split=config.list_file or config.split,
+        clips=config.clips,
+        crops=config.crops,
+        average=config.average,
+    )
+    if config.out is not None:
+        result.save(config.out)
+    return result
+
+
+def weights_file(path: str | Path) -> Path:
+    """Returns a weights file; for a run folder its best one.
+
+    Args:
+        path: A file, or the folder of a run.
+
+    Raises:
+        ca3d.errors.UserError: There is no such file, or no weights in the folder.
+
+    Example:
+        >>> weights_file("missing.safetensors")
+        Traceback (most recent call last):
+        ca3d.errors.UserError: missing.safetensors: no such file
+    """
+    path = Path(path)
+    if path.is_dir():
+        best = path / "best.safetensors"
+        if not best.is_file():
+            raise UserError(f"{path}: no best.safetensors in this folder")
+        return best
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return path

@@ -1,0 +1,79 @@
+"""Counting a model's multiply-adds with torch's flop counter, local attention included.
+
+Importing this module (as `ca3d.models` does) teaches `torch.utils.flop_counter` the ops of
+`ca3d_kernels`, which it would otherwise count as nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+import ca3d_kernels  # noqa: F401  (registers the ops)
+
+__all__ = ["count_macs"]
+
+# Every query meets every slot of its window, whether or not the slot lies in the clip, twice: in
+# q·k and in the weighted sum of v. Backward makes the scores again, and four products of that size.
+_FORWARD, _BACKWARD = 2, 5
+
+
+def _products(shape: Sequence[int], kernel_size: int, count: int) -> int:
+    return 2 * count * kernel_size * torch.Size(shape).numel()
+
+
+@register_flop_formula(torch.ops.ca3d.local_attention)
+def _attention(q: Any, k: Any, v: Any, kernel_size: int, *rest: Any, **kwargs: Any) -> int:
+    return _products(q, kernel_size, _FORWARD)
+
+
+@register_flop_formula(torch.ops.ca3d.local_attention_backward)
+def _attention_backward(
+    grad: Any, q: Any, k: Any, v: Any, kernel_size: int, *rest: Any, **kwargs: Any
+) -> int:
+    return _products(q, kernel_size, _BACKWARD)
+
+
+@register_flop_formula(torch.ops.ca3d.local_attention_packed)
+def _packed(qkv: Any, kernel_size: int, *rest: Any, **kwargs: Any) -> int:
+    return _products(qkv, kernel_size, _FORWARD) // 3
+
+
+@register_flop_formula(torch.ops.ca3d.local_attention_packed_backward)
+def _packed_backward(grad: Any, qkv: Any, kernel_size: int, *rest: Any, **kwargs: Any) -> int:
+    return _products(qkv, kernel_size, _BACKWARD) // 3
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, clip: Sequence[int] = (1, 3, 16, 112, 112)) -> dict[str, int]:
+    """Multiply-adds of one forward pass in evaluation mode, by kind of operation.
+
+    One multiply-add is one MAC, half of what torch's counter calls flops. Convolutions, matrix
+    products and local attention are counted; normalisations, activations, pools, sums and the
+    softmax are not.
+
+    Args:
+        model: any model; it is run once, on zeros, where its parameters are.
+        clip: shape of the input, (B, 3, T, H, W).
+
+    Returns:
+        MACs by the name of the op, and their sum as ``"total"``.
+
+    Example:
+        >>> from ca3d.models import ca3d_tiny
+        >>> count_macs(ca3d_tiny(5), (1, 3, 16, 32, 32))["total"]
+        31508800
+    """
+    training = model.training
+    like = next(model.parameters())
+    try:
+        model.eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(tuple(clip), dtype=like.dtype, device=like.device))
+    finally:
+        model.train(training)
+    found = counter.get_flop_counts()["Global"]
+    counts = {str(op).split(".")[-1]: flops // 2 for op, flops in found.items()}
+    return {**counts, "total": sum(counts.values())}

@@ -1,0 +1,246 @@
+"""The three splits of a run: which files, which frame rate, which statistics."""
+
+from __future__ import annotations
+
+import json
+import statistics as figures
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ca3d import weights
+from ca3d.data import samples as lists
+from ca3d.data import splits, statistics
+from ca3d.data.folder import VideoFolder
+from ca3d.data.reader import VideoError, open_video
+from ca3d.data.samples import Sample
+from ca3d.data.sampling import ClipSpec
+from ca3d.errors import UserError
+from ca3d.training.config import TrainConfig
+from ca3d.training.loader import default_workers
+from ca3d.training.logs import write_json
+
+# So many files are asked for their frame rate when the data set does not say it.
+PROBED_FILES = 25
+
+
+@dataclass
+class Data:
+    """What a run trains, validates and tests on.
+
+    Args:
+        train: Training clips, drawn at random.
+        val: Central clips for choosing the best epoch, or None.
+        test: Central clips for the final figure, or None.
+        classes: Class names; a label is a place in this list.
+        train_labels: Label of every training video.
+        clip: Length, frame rate and size of a clip.
+        mean: Channel means of the training split, RGB, in [0, 1].
+        std: Channel standard deviations.
+        trained_on: What a model trained on this names as its training data.
+    """
+
+    train: VideoFolder
+    val: VideoFolder | None
+    test: VideoFolder | None
+    classes: list[str]
+    train_labels: list[int]
+    clip: ClipSpec
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    trained_on: str
+
+    def model_info(self, model: nn.Module, config: TrainConfig) -> weights.ModelInfo:
+        """Returns what is stored with the weights of a model trained on this data.
+
+        Args:
+            model: The model, with its `name` and `options`.
+            config: The options of the run.
+        """
+        return weights.ModelInfo(
+            model=str(model.name),
+            options=dict(model.options),  # type: ignore[arg-type]
+            classes=tuple(self.classes),
+            color="rgb",
+            mean=self.mean,
+            std=self.std,
+            frames=self.clip.frames,
+            stride=self.clip.stride,
+            frames_per_second=self.clip.frames_per_second,
+            size=self.clip.size,
+            resize=self.clip.resize,
+            precision=config.precision,
+            trained_on=self.trained_on,
+            extra={},
+        )
+
+
+def prepare_data(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> Data:
+    """Finds the videos of a run, splits them, and measures what the model needs to know.
+
+    Lists and statistics are left in the run folder; a run that is resumed takes them from there.
+
+    Args:
+        config: The options of the run.
+        folder: The run folder.
+        say: Shows a line to the user.
+
+    Returns:
+        The splits.
+
+    Raises:
+        ca3d.errors.UserError: There is no data, one class, or one video in two splits.
+    """
+    if not config.data:
+        raise UserError("DATA must name a folder with one sub-folder of videos per class")
+    info = lists.load_info(config.data)
+    parts = _saved_splits(config, folder) or _splits(config, say)
+    classes = sorted({sample.label for part in parts.values() for sample in part})
+    _check(config, parts, classes)
+    list_folder = folder / "splits"
+    list_folder.mkdir(exist_ok=True)
+    for name, part in parts.items():
+        lists.write_list(list_folder / f"{name}.csv", part, config.data)
+    known = _read_known(folder)
+    fps = config.fps or known.get("frames_per_second") or info.frames_per_second
+    if fps is None:
+        fps = _usual_rate(parts["train"], config.decoder)
+    clip = ClipSpec(
+        frames=config.frames,
+        stride=config.stride,
+        frames_per_second=float(fps),
+        size=config.size,
+        resize=config.resize or config.size,
+    )
+
+    def open_split(name: str, training: bool, **options: Any) -> VideoFolder:
+        return VideoFolder(
+            config.data,
+            name,
+            clip=clip,
+            training=training,
+            seed=config.seed,
+            decoder=config.decoder,
+            list_file=list_folder / f"{name}.csv",
+            classes=classes,
+            **options,
+        )
+
+    if config.mean is not None and config.std is not None:
+        mean, std = tuple(config.mean), tuple(config.std)
+    elif "mean" in known:
+        mean, std = tuple(known["mean"]), tuple(known["std"])
+    else:
+        say(f"measuring colour statistics of {len(parts['train'])} training videos")
+        workers = default_workers() if config.workers is None else config.workers
+        mean, std = statistics.measure(open_split("train", False), workers=workers)
+    write_json(
+        folder / "statistics.json", {"mean": mean, "std": std, "frames_per_second": float(fps)}
+    )
+    options = {"mean": mean, "std": std}
+    train = open_split("train", True, flip=config.flip, augment=config.augment, **options)
+    say(train.describe())
+    return Data(
+        train=train,
+        val=open_split("val", False, **options) if "val" in parts else None,
+        test=open_split("test", False, **options) if "test" in parts else None,
+        classes=classes,
+        train_labels=train.labels,
+        clip=clip,
+        mean=mean,  # type: ignore[arg-type]
+        std=std,  # type: ignore[arg-type]
+        trained_on=info.trained_on or info.name,
+    )
+
+
+def _saved_splits(config: TrainConfig, folder: Path) -> dict[str, list[Sample]]:
+    if not (folder / "resume.pt").is_file():
+        return {}
+    return {
+        name: lists.read_list(folder / "splits" / f"{name}.csv", config.data)
+        for name in lists.SPLITS
+        if (folder / "splits" / f"{name}.csv").is_file()
+    }
+
+
+def _splits(config: TrainConfig, say: Callable[[str], None]) -> dict[str, list[Sample]]:
+    """Takes the user's lists, else the data set's own splits, else draws them."""
+    given = {"train": config.train_list, "val": config.val_list, "test": config.test_list}
+    if config.train_list is not None:
+        parts = {
+            name: lists.load_samples(config.data, list_file=file)[0]
+            for name, file in given.items()
+            if file is not None
+        }
+    elif any(given.values()):
+        raise UserError("--val-list and --test-list need --train-list")
+    else:
+        names = lists.splits_of(config.data)
+        parts = {name: lists.load_samples(config.data, name)[0] for name in names}
+        if parts and "train" not in parts:
+            raise UserError(f"{config.data}: has split {', '.join(parts)} but no train split")
+    if not parts:
+        everything, classes = lists.load_samples(config.data)
+        _check_classes(config, classes)
+        parts = _draw(config, everything, config.test_fraction)
+        counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+        say(f"no split files in {config.data}: drawn with seed {config.split_seed}: {counts}")
+    elif "val" not in parts and config.val_fraction > 0:
+        drawn = _draw(config, parts["train"], 0.0)
+        parts = {**parts, **drawn}
+        say(
+            f"no validation split: {len(parts['val'])} training videos are kept for it"
+            f" (seed {config.split_seed})"
+        )
+    return parts
+
+
+def _draw(config: TrainConfig, samples: list[Sample], test: float) -> dict[str, list[Sample]]:
+    fractions = {"train": 1 - config.val_fraction - test, "val": config.val_fraction, "test": test}
+    shares = {name: share for name, share in fractions.items() if share > 0}
+    return splits.random_split(samples, shares, config.split_seed, config.group)
+
+
+def _check(config: TrainConfig, parts: dict[str, list[Sample]], classes: list[str]) -> None:
+    _check_classes(config, classes)
+    if len(parts.get("train", [])) < 2:
+        raise UserError(f"{config.data}: fewer than two training videos")
+    trained = {sample.label for sample in parts["train"]}
+    if missing := [name for name in classes if name not in trained]:
+        raise UserError(
+            f"{config.data}: the training split has no video of {', '.join(missing[:5])}"
+        )
+    splits.check_disjoint(parts)
+
+
+def _check_classes(config: TrainConfig, classes: list[str]) -> None:
+    if len(classes) < 2:
+        raise UserError(
+            f"{config.data}: has only the class {classes[0]!r}; training needs at least two"
+        )
+
+
+def _read_known(folder: Path) -> dict[str, Any]:
+    """Reads the statistics of a run that is being resumed."""
+    file = folder / "statistics.json"
+    if (folder / "resume.pt").is_file() and file.is_file():
+        return json.loads(file.read_text())
+    return {}
+
+
+def _usual_rate(samples: list[Sample], decoder: str) -> float:
+    """Returns the median frame rate of some training videos, evenly chosen."""
+    step = max(1, len(samples) // PROBED_FILES)
+    rates, broken = [], []
+    for sample in samples[::step]:
+        try:
+            with open_video(sample.path, decoder) as video:
+                rates.append(video.frames_per_second)
+        except VideoError as error:
+            broken.append(str(error))
+    if not rates:
+        raise UserError(f"none of the training videos can be read: {broken[0]}")
+    return figures.median_low(rates)

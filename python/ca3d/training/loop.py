@@ -1,0 +1,477 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ca3d import precision, weights
+from ca3d.errors import UserError
+from ca3d.evaluate import EvalResult
+from ca3d.training import checkpoint, fine_tuning, plots
+from ca3d.training.config import TrainConfig
+from ca3d.training.datasets import Data, prepare_data
+from ca3d.training.device import choose_device
+from ca3d.training.diagnosis import first_nonfinite
+from ca3d.training.interrupt import SignalGuard, StoppedError
+from ca3d.training.loader import Batch, default_workers, epoch_batches, load_batches
+from ca3d.training.logs import MetricsLog, Row
+from ca3d.training.progress import Reporter, Status, create
+from ca3d.training.run_folder import RunFolder
+from ca3d.training.schedule import Schedule
+from ca3d.training.scoring import Scores, score
+from ca3d.training.state import Progress, TrainResult
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains a model as `config` says and leaves everything in the run folder.
+
+    Args:
+        config: The options; see `TrainConfig`.
+
+    Returns:
+        Best validation accuracy and test figures.
+
+    Raises:
+        ca3d.errors.UserError: An option, the data or the run folder is not as it must be, or too
+            many steps in a row were not finite.
+        ca3d.training.interrupt.StoppedError: SIGINT or SIGTERM came; the state is saved.
+
+    Example:
+        >>> train(TrainConfig(data="videos", out="run", lr=-1.0))
+        Traceback (most recent call last):
+        ca3d.errors.UserError: --lr must be a finite number above 0, not -1.0
+    """
+    config.validate()
+    regime = precision.create(config.precision)
+    device = choose_device(config.device)
+    if not config.out:
+        raise UserError("--out must name a folder for the run")
+    with (
+        RunFolder(config.out, config.resume == "auto") as folder,
+        create(config.progress, config.log_steps) as reporter,
+    ):
+        state = None
+        if folder.has_resume_state:
+            state = checkpoint.load_resume_state(folder.resume_file)
+            folder.check_same(state["config"], config.to_dict())
+        data = prepare_data(config, folder.path, reporter.message)
+        trainer = Trainer(config, data, regime, device, folder, reporter)
+        if state is None:
+            folder.write_config(config.to_dict())
+        return trainer.run(state)
+
+
+class Trainer:
+    """Trains one model on prepared data.
+
+    Args:
+        config: The options.
+        data: The three splits and what is known about them.
+        regime: The precision.
+        device: Where to compute.
+        folder: The run folder.
+        reporter: Shows the progress.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        regime: precision.Regime,
+        device: torch.device,
+        folder: RunFolder,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.data, self.regime, self.device = config, data, regime, device
+        self.folder, self.reporter = folder, reporter
+        self.workers = default_workers() if config.workers is None else config.workers
+        self.progress = Progress()
+        self.guard = SignalGuard()
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        torch.manual_seed(config.seed)
+        self.model = self._make_model()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = regime.optimizer(
+            config.optimizer,
+            self.parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        batches = epoch_batches(len(data.train), config.batch_size, config.seed, 0)
+        if not batches:
+            raise UserError(f"{config.data}: one training video is too few; BatchNorm needs two")
+        self.batches_per_epoch = len(batches)
+        steps = math.ceil(len(batches) / config.accumulate)
+        self.epochs = config.epochs
+        if config.max_steps is not None:
+            self.epochs = min(config.epochs, math.ceil(config.max_steps / steps))
+        total = min(config.epochs * steps, config.max_steps or math.inf)
+        self.schedule = Schedule(
+            config.schedule,
+            config.epochs,
+            steps,
+            config.warmup_epochs,
+            config.milestones,
+            total_steps=int(total),
+        )
+        self.loss_weights = self._class_weights()
+        self.log = MetricsLog(folder.path, tensorboard=config.tensorboard)
+        self._speed = 0.0
+        self._drawn = time.monotonic()
+
+    def run(self, state: dict[str, Any] | None = None) -> TrainResult:
+        """Trains from the start or from a resume state, then reads the test split once.
+
+        Args:
+            state: What a resume file held.
+
+        Returns:
+            The result.
+        """
+        if state is not None:
+            self._restore(state)
+        if not self.progress.finished:
+            title = (
+                f"{self.config.model}: {sum(p.numel() for p in self.model.parameters()):,}"
+                f" parameters, {self.regime.name} on {self.device},"
+                f" {len(self.data.train)} training and {len(self.data.val or [])} validation videos"
+                f" in {len(self.data.classes)} classes"
+            )
+            with self.guard:
+                self.reporter.start(title, self._status())
+                if state is not None:
+                    at = self.progress
+                    self.reporter.message(f"resumed at epoch {at.epoch + 1}, batch {at.batch}")
+                while not self.progress.finished:
+                    self._train_epoch()
+                    self._end_epoch()
+        self.reporter.stop()
+        self.log.close()
+        return self._finish()
+
+    def _make_model(self) -> nn.Module:
+        from ca3d import models
+
+        config, data = self.config, self.data
+        try:
+            model = models.create(
+                config.model,
+                num_classes=len(data.classes),
+                **{"frames": config.frames, **config.model_options},
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--model {config.model}: {error}") from error
+        if config.init_from is not None:
+            report = fine_tuning.initialize_from(model, data.classes, config.init_from)
+            self.reporter.message(f"starting from {config.init_from}")
+            for line in report:
+                self.reporter.message(f"  {line}")
+        model = self.regime.prepare(model.to(self.device))
+        if config.freeze is not None:
+            frozen = fine_tuning.freeze(model, config.freeze)
+            self.reporter.message(f"{len(frozen)} parameters frozen by --freeze")
+        return model
+
+    def _class_weights(self) -> Tensor | None:
+        if self.config.class_weights == "none":
+            return None
+        counts = torch.bincount(
+            torch.tensor(self.data.train_labels), minlength=len(self.data.classes)
+        ).clamp(min=1)
+        return (counts.sum() / (len(counts) * counts)).float().to(self.device)
+
+    def _train_epoch(self) -> None:
+        config, at = self.config, self.progress
+        self.model.train()
+        if config.freeze_bn:
+            fine_tuning.set_batch_norm_frozen(self.model)
+        batches = epoch_batches(len(self.data.train), config.batch_size, config.seed, at.epoch)
+        stream = load_batches(
+            self.data.train,
+            batches[at.batch :],
+            epoch=at.epoch,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        begin = time.perf_counter()
+        try:
+            while at.batch < len(batches) and not self._enough_steps():
+                first = at.batch
+                last = min(first + config.accumulate, len(batches))
+                clips = sum(map(len, batches[first:last]))
+                self._step(stream, first, last, clips)
+                at.batch = last
+                begin = self._after_step(begin, clips)
+        finally:
+            stream.close()
+
+    def _step(self, stream: Any, first: int, last: int, planned: int) -> None:
+        """Takes one optimizer step over batches [first, last), planned to hold so many clips."""
+        at = self.progress
+        rate = self.config.lr * self.schedule.factor(at.epoch, first // self.config.accumulate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # A forward pass that overflows spoils BatchNorm's running statistics too.
+        buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
+        finite, used, bad_clips = True, 0, None
+        for _ in range(first, last):
+            waited = time.perf_counter()
+            batch = next(stream)
+            at.waiting += time.perf_counter() - waited
+            self._note_broken(batch)
+            if len(batch) < 2:
+                at.dropped += 1
+                continue
+            inputs, labels = batch.clips.to(self.device), batch.labels.to(self.device)
+            logits = self.regime.forward(self.model, inputs)
+            loss = F.cross_entropy(
+                logits,
+                labels,
+                weight=self.loss_weights,
+                label_smoothing=self.config.label_smoothing,
+            )
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                finite, bad_clips = False, inputs
+                continue
+            self.regime.backward(loss * (len(batch) / planned))
+            used += len(batch)
+            at.loss_sum += value * len(batch)
+            at.correct += int((logits.detach().argmax(1) == labels).sum())
+            at.count += len(batch)
+        if finite and used:
+            if used != planned:
+                gradients = [p.grad for p in self.parameters if p.grad is not None]
+                torch._foreach_mul_(gradients, planned / used)
+            finite = self.regime.step(
+                self.optimizer, self.parameters, self.config.clip_norm
+            ).applied
+        if finite:
+            at.steps += bool(used)
+            at.skipped_in_row = 0 if used else at.skipped_in_row
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        at.skipped += 1
+        at.skipped_in_row += 1
+        if at.skipped_in_row >= self.config.max_skipped:
+            where = "a gradient"
+            if bad_clips is not None:
+                where = f"the output of {first_nonfinite(self.model, self.regime, bad_clips)}"
+            raise UserError(
+                f"{at.skipped_in_row} steps in a row were not finite ({where} overflowed or is"
+                f" NaN) at epoch {at.epoch + 1}, learning rate {rate:.3g}: lower --lr or set"
+                " --clip-norm"
+            )
+
+    def _after_step(self, begin: float, clips: int) -> float:
+        """Shows, saves and stops where it is time to; returns the time."""
+        config, at = self.config, self.progress
+        now = time.perf_counter()
+        at.seconds += now - begin
+        speed = clips / max(now - begin, 1e-9)
+        self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
+        self.reporter.update(self._status())
+        every = config.checkpoint_steps
+        if every and (at.batch // config.accumulate) % every == 0:
+            self._save_resume_state()
+        self._stop_if_asked()
+        return now
+
+    def _stop_if_asked(self) -> None:
+        if self.guard.received is not None:
+            self._save_last()
+            self.reporter.stop()
+            self.reporter.message(
+                f"stopped at epoch {self.progress.epoch + 1}, batch {self.progress.batch};"
+                f" continue with --resume auto --out {self.folder.path}"
+            )
+            raise StoppedError(self.guard.received)
+
+    def _enough_steps(self) -> bool:
+        limit = self.config.max_steps
+        return limit is not None and self.progress.steps + self.progress.skipped >= limit
+
+    def _end_epoch(self) -> None:
+        """Validates, writes the epoch's figures and files, and moves on."""
+        config, at = self.config, self.progress
+        row: Row = {
+            "epoch": at.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": at.loss_sum / at.count if at.count else math.nan,
+            "train_accuracy": at.correct / at.count if at.count else math.nan,
+            "val_loss": math.nan,
+            "val_accuracy": math.nan,
+            "val_top5": math.nan,
+            "val_count": 0,
+            "best": False,
+            "steps": at.steps,
+            "skipped": at.skipped,
+            "dropped_batches": at.dropped,
+            "clips_per_second": at.count / at.seconds if at.seconds else 0.0,
+            "waiting": at.waiting / at.seconds if at.seconds else 0.0,
+            "seconds": at.seconds,
+        }
+        if not at.count and not at.skipped:
+            reasons = "; ".join(at.broken[:3])
+            raise UserError(f"{config.data}: no training video could be read: {reasons}")
+        if self.data.val is not None:
+            scores = self._validate(self.data.val)
+            row.update(
+                val_loss=scores.loss,
+                val_accuracy=scores.metrics.top1,
+                val_top5=scores.metrics.top5,
+                val_count=scores.metrics.count,
+            )
+        accuracy = row["val_accuracy"] if row["val_count"] else -1.0
+        # Without validation the last weights are the best there are.
+        if accuracy > at.best_accuracy or not row["val_count"]:
+            at.best_accuracy, at.best_epoch, row["best"] = accuracy, at.epoch, True
+        self._save_weights(self.folder.path / "last.safetensors", row)
+        if row["best"]:
+            self._save_weights(self.folder.path / "best.safetensors", row)
+        self.log.add(row)
+        self.reporter.epoch(row)
+        patience = config.early_stopping
+        stale = patience is not None and at.epoch - at.best_epoch >= patience
+        if stale:
+            self.reporter.message(f"no better epoch for {patience} epochs: stopping early")
+        at.finished = stale or at.epoch + 1 >= self.epochs or self._enough_steps()
+        # Short epochs need no new picture each.
+        if at.finished or time.monotonic() - self._drawn > 10:
+            chance = 1 / len(self.data.classes)
+            plots.plot_curves(self.log.rows, self.folder.path / "curves.png", config.model, chance)
+            self._drawn = time.monotonic()
+        at.begin_epoch(at.epoch + 1)
+        self._save_resume_state()
+        if not at.finished:
+            self._stop_if_asked()
+
+    def _validate(self, dataset: Any) -> Scores:
+        def after_batch(done: int) -> None:
+            self.reporter.update(replace(self._status(), phase="val"))
+            self._stop_if_asked()
+
+        return score(
+            self.model,
+            self.regime,
+            dataset,
+            len(self.data.classes),
+            batch_size=self.config.batch_size,
+            workers=self.workers,
+            device=self.device,
+            after_batch=after_batch,
+        )
+
+    def _note_broken(self, batch: Batch) -> None:
+        for message in batch.broken:
+            if message not in self.progress.broken:
+                self.progress.broken.append(message)
+                self.reporter.message(f"skipped: {message}")
+
+    def _status(self) -> Status:
+        at = self.progress
+        return Status(
+            epoch=at.epoch,
+            epochs=self.epochs,
+            batch=at.batch,
+            batches=self.batches_per_epoch,
+            loss=at.loss_sum / at.count if at.count else math.nan,
+            accuracy=at.correct / at.count if at.count else math.nan,
+            lr=self.optimizer.param_groups[0]["lr"],
+            clips_per_second=self._speed,
+            waiting=min(at.waiting / at.seconds, 1.0) if at.seconds else 0.0,
+            skipped=at.skipped,
+        )
+
+    def _save_weights(self, path: Path, row: Row | None = None) -> None:
+        info = self.data.model_info(self.model, self.config)
+        if row is not None:
+            figures = {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
+            if not row["val_count"]:
+                del figures["val_accuracy"]
+            info = replace(info, extra={**info.extra, **figures})
+        try:
+            weights.save(path, self.model, info)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; the previous checkpoint is intact"
+            ) from error
+
+    def _save_last(self) -> None:
+        self._save_weights(self.folder.path / "last.safetensors")
+        self._save_resume_state()
+
+    def _save_resume_state(self) -> None:
+        checkpoint.save_resume_state(
+            self.folder.resume_file,
+            {
+                "config": self.config.to_dict(),
+                "classes": list(self.data.classes),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "regime": self.regime.state_dict(),
+                "random": checkpoint.random_state(),
+                "progress": asdict(self.progress),
+                "rows": self.log.rows,
+            },
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.regime.load_state_dict(state["regime"])
+            self.progress = Progress(**state["progress"])
+            self.log.rows = list(state["rows"])
+            checkpoint.set_random_state(state["random"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.folder.resume_file} does not fit this run: {reason}") from error
+        if self.log.rows:
+            self.log.write()
+
+    def _finish(self) -> TrainResult:
+        """Reads the test split once, with the weights that validation chose."""
+        at, path = self.progress, self.folder.path
+        results = path / "test" / "results.json"
+        test = json.loads(results.read_text()) if results.is_file() else None
+        if test is None and self.data.test is not None:
+            best = path / "best.safetensors"
+            model, _ = weights.load(best, device=str(self.device))
+            scores = score(
+                model,
+                self.regime,
+                self.data.test,
+                len(self.data.classes),
+                batch_size=self.config.batch_size,
+                workers=self.workers,
+                device=self.device,
+            )
+            result = EvalResult.of_scores(
+                scores, self.data.test, weights=str(best), epoch=at.best_epoch
+            )
+            result.save(results.parent)
+            test = result.to_dict()
+        return TrainResult(
+            folder=path,
+            best_epoch=at.best_epoch,
+            best_accuracy=at.best_accuracy if self.data.val is not None else math.nan,
+            test=test,
+            steps=at.steps,
+            skipped=at.skipped,
+        )
