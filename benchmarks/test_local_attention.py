@@ -1,7 +1,8 @@
 """How long local temporal attention takes, against other ways and against a copy of its bytes.
 
 From a channels-last projection output to a channels-last result, and back to the gradient of the
-projection output. The ratios are medians over interleaved rounds; see interleaved.py.
+projection output. The ratios are medians over interleaved rounds (see interleaved.py), with settled
+memory (see allocator.py).
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import peers
 import pytest
 import torch
+from allocator import settled_memory
 from interleaved import Timings, interleave
 from torch import Tensor
 
@@ -60,7 +62,8 @@ def candidates(stage: str, dtype: str, direction: str) -> dict[str, Callable[[],
 @cache
 def timings(stage: str, dtype: str, direction: str) -> Timings:
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    return interleave(candidates(stage, dtype, direction), rounds=30, budget=3.0)
+    with settled_memory():
+        return interleave(candidates(stage, dtype, direction), rounds=30, budget=3.0)
 
 
 @pytest.mark.parametrize("direction", MOVED)

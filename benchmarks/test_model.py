@@ -2,7 +2,7 @@
 
 Both models have the published pool placement, attention and weights. Times are medians over
 interleaved rounds (see interleaved.py); a step is forward, backward and SGD. Peak memory is the
-growth of the process's maximum resident size over three steps, from what it was with the model, the
+growth of the process's largest resident size over three steps, from what it was with the model, the
 input and the optimizer built and the convolution library warm on a tiny clip; every measurement has
 a process of its own, and transient memory (unfolded windows, copies) counts as it does in use.
 """
@@ -26,24 +26,24 @@ from ca3d.models.published import entries
 
 CLASSES, BATCH, FRAMES, SIZE = 101, 4, 16, 112
 
-MEASURE = """
-import json, resource, sys
+MEASURE = r"""
+import json, re, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_model
 
-def resident():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident(largest):
+    # Not getrusage: its maximum starts at the size of the process that started this one.
+    field = r"VmHWM:\s*(\d+) kB" if largest else r"VmRSS:\s*(\d+) kB"
+    return int(re.search(field, Path("/proc/self/status").read_text())[1]) * 1024
 
 model = test_model.build(sys.argv[2])
 step = test_model.training_step(model, test_model.BATCH)
 test_model.training_step(model, 2, size=16)()
-before = resident()
+before = resident(largest=False)
 for _ in range(3):
     step()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps(peak - before))
+print(json.dumps(resident(largest=True) - before))
 """
 
 

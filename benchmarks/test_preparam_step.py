@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocator import settled_memory
 from interleaved import Timings, interleave
 from torch import Tensor, nn
 
@@ -110,7 +111,8 @@ def candidates() -> dict[str, Callable[[], object]]:
 @pytest.fixture(scope="module")
 def timings(candidates: dict[str, Callable[[], object]]) -> Timings:
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    return interleave(candidates, rounds=40)
+    with settled_memory():
+        return interleave(candidates, rounds=40)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["always", "skip non-finite"])

@@ -2,6 +2,9 @@
 
 from array import array
 
+import numpy as np
+from numpy.typing import NDArray
+
 _Operand = tuple[int, int, int, int, int]
 
 def version() -> str: ...
@@ -9,6 +12,7 @@ def isa() -> str: ...
 def isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
 def openmp() -> str: ...
+def advise_huge_pages(address: int, bytes: int) -> None: ...
 def local_attention_forward(
     dtype: str,
     sizes: tuple[int, int, int, int, int],
@@ -36,6 +40,9 @@ def local_attention_backward(
     dv: _Operand,
     threads: int,
 ) -> None: ...
+
+preparam_run: int
+
 def preparam_sgd_step(
     table: array[int],
     param: str,
@@ -44,6 +51,7 @@ def preparam_sgd_step(
     nesterov: bool,
     rounding: str,
     threads: int,
+    largest: NDArray[np.float64] | None = None,
 ) -> None: ...
 def preparam_sgd_step_overflows(
     table: array[int],
@@ -53,4 +61,5 @@ def preparam_sgd_step_overflows(
     nesterov: bool,
     rounding: str,
     threads: int,
+    largest: NDArray[np.float64] | None = None,
 ) -> bool: ...

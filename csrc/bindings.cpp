@@ -8,12 +8,14 @@
 #endif
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "common/dispatch.h"
 #include "common/dtype.h"
+#include "common/pages.h"
 #include "local_attention/local_attention.h"
 #include "preparam_step/preparam_step.h"
 
@@ -103,6 +105,23 @@ std::vector<ca3d::PreParamRun> parse_runs(const PreParamTable& table) {
   return runs;
 }
 
+// Two numbers for each piece of kPreParamRun elements, run after run; none for unknown.
+using PreParamLargest = py::array_t<double, py::array::c_style>;
+
+ca3d::PreParamLargest* parse_largest(const std::vector<ca3d::PreParamRun>& runs,
+                                     std::optional<PreParamLargest>& largest) {
+  if (!largest) return nullptr;
+  int64_t pieces = 0;
+  for (const ca3d::PreParamRun& run : runs) {
+    pieces += (run.count + ca3d::kPreParamRun - 1) / ca3d::kPreParamRun;
+  }
+  if (largest->ndim() != 1 || largest->size() != 2 * pieces) {
+    throw std::invalid_argument("largest must be flat, with 2 numbers for each of " +
+                                std::to_string(pieces) + " pieces");
+  }
+  return reinterpret_cast<ca3d::PreParamLargest*>(largest->mutable_data());
+}
+
 // hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale).
 ca3d::PreParamStep parse_step(const std::string& param, const std::string& pre_param,
                               const std::array<double, 6>& hyper, bool nesterov,
@@ -120,17 +139,19 @@ ca3d::PreParamStep parse_step(const std::string& param, const std::string& pre_p
 template <auto kFunction>
 auto preparam(const PreParamTable& table, const std::string& param, const std::string& pre_param,
               const std::array<double, 6>& hyper, bool nesterov, const std::string& rounding,
-              int threads) {
+              int threads, std::optional<PreParamLargest> largest) {
   const ca3d::PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding);
   const std::vector<ca3d::PreParamRun> runs = parse_runs(table);
+  ca3d::PreParamLargest* entries = parse_largest(runs, largest);
   const py::gil_scoped_release release;
-  return kFunction(step, runs.data(), static_cast<int64_t>(runs.size()), threads);
+  return kFunction(step, runs.data(), static_cast<int64_t>(runs.size()), threads, entries);
 }
 
 template <class Function>
 void def_preparam(py::module_& m, const char* name, Function function) {
   m.def(name, function, py::arg("table"), py::arg("param"), py::arg("pre_param"), py::arg("hyper"),
-        py::arg("nesterov"), py::arg("rounding"), py::arg("threads"));
+        py::arg("nesterov"), py::arg("rounding"), py::arg("threads"),
+        py::arg("largest").noconvert() = py::none());
 }
 
 }  // namespace
@@ -141,6 +162,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return std::string(ca3d::isa_name(ca3d::current_isa())); });
   m.def("isas", &ca3d::supported_isas);
   m.def("set_isa", &ca3d::set_isa, py::arg("name"));
+  m.def(
+      "advise_huge_pages",
+      [](int64_t address, int64_t bytes) {
+        ca3d::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"));
   m.def("local_attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"),
         py::arg("window"), py::arg("scale"), py::arg("key_table"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("o"), py::arg("threads"));
@@ -148,6 +175,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("window"), py::arg("scale"), py::arg("key_table"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("do"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
         py::arg("threads"));
+  m.attr("preparam_run") = ca3d::kPreParamRun;
   def_preparam(m, "preparam_sgd_step", &preparam<ca3d::preparam_sgd_step>);
   def_preparam(m, "preparam_sgd_step_overflows", &preparam<ca3d::preparam_sgd_step_overflows>);
   m.def("openmp", [] {

@@ -109,7 +109,9 @@ def _load_cpu() -> Kernels:
 def _cpu_unavailable(device: str) -> str | None:
     if device != "cpu":
         return "it serves CPU tensors only"
-    return backends.native_lacks("local_attention_forward", "local_attention_backward")
+    return backends.native_lacks(
+        "local_attention_forward", "local_attention_backward", "advise_huge_pages"
+    )
 
 
 backends.register(

@@ -4,7 +4,9 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ca3d_kernels import backends
@@ -27,17 +29,47 @@ class NativeKernels:
         assert native is not None
         self._step = native.preparam_sgd_step
         self._overflows = native.preparam_sgd_step_overflows
+        self._run = native.preparam_run
 
     def step(self, batch: Batch) -> None:
-        """See `op.Kernels`."""
-        _call(self._step, batch)
+        """See `op.Kernels`.
+
+        With a cache, notes how large theta and momentum became, for the next `overflows`.
+        """
+        if batch.cache is None:
+            _call(self._step, batch)
+            return
+        cache, largest = batch.cache, self._largest(batch)
+        cache.pop("versions", None)
+        _call(self._step, batch, largest)
+        # The caller counts the write that has just been made.
+        cache["versions"] = [version + 1 for version in _versions(batch)]
+        cache["largest"] = largest
 
     def overflows(self, batch: Batch) -> bool:
-        """See `op.Kernels`."""
-        return _call(self._overflows, batch)
+        """See `op.Kernels`.
+
+        After a `step` of the same tensors, untouched since, it need not read theta and momentum.
+        """
+        known = batch.cache is not None and batch.cache.get("versions") == _versions(batch)
+        return _call(self._overflows, batch, self._largest(batch) if known else None)
+
+    def _largest(self, batch: Batch) -> NDArray[np.float64]:
+        assert batch.cache is not None
+        pieces = sum(-(-w.numel() // self._run) for w in batch.params)
+        largest = batch.cache.get("largest")
+        if largest is None or largest.size != 2 * pieces:
+            largest = np.full(2 * pieces, np.nan)
+        return largest
 
 
-def _call(function: Callable[..., Any], batch: Batch) -> Any:
+def _versions(batch: Batch) -> list[int]:
+    return [x._version for x in (*batch.pre_params, *batch.momenta)]
+
+
+def _call(
+    function: Callable[..., Any], batch: Batch, largest: NDArray[np.float64] | None = None
+) -> Any:
     dtype, wide = batch.params[0].dtype, batch.pre_params[0].dtype
     if dtype not in _DTYPES or (dtype != wide and (dtype, wide) not in _MIXED):
         raise backends.UnsupportedInputError(f"pre-parameters of {wide} with parameters of {dtype}")
@@ -53,6 +85,7 @@ def _call(function: Callable[..., Any], batch: Batch) -> Any:
         hyper.nesterov,
         batch.rounding,
         torch.get_num_threads(),
+        largest,
     )
 
 

@@ -19,12 +19,51 @@ template <class Stored>
 using Computed =
     typename std::conditional<std::is_same<Stored, double>::value, double, float>::type;
 
+// ---- memory ----
+
+constexpr int64_t kCacheLine = 64;
+
+// Asks for the rows of an item that comes later, a few at a time between arithmetic. They are short
+// and far apart, which the processor's own prefetching does not follow; and asked for all at once
+// they would fill its queue of outstanding lines, and the arithmetic would wait.
+class RowsAhead {
+ public:
+  RowsAhead(int64_t rows, int64_t row_bytes) : rows_(rows), row_bytes_(row_bytes) {}
+
+  void add(const void* from, const int64_t* row_offset, int64_t element_bytes) {
+    operand_[operands_++] = {static_cast<const char*>(from), row_offset, element_bytes};
+  }
+
+  void ask(int64_t count) {
+    for (; count > 0 && row_ < rows_; --count, ++row_) {
+      for (int i = 0; i < operands_; ++i) {
+        const Rows& x = operand_[i];
+        const char* row = x.from + x.row_offset[row_] * x.element_bytes;
+        for (int64_t byte = 0; byte < row_bytes_; byte += kCacheLine) {
+          __builtin_prefetch(row + byte);
+        }
+      }
+    }
+  }
+
+ private:
+  struct Rows {
+    const char* from;
+    const int64_t* row_offset;
+    int64_t element_bytes;
+  };
+  Rows operand_[4];
+  int operands_ = 0;
+  int64_t row_ = 0, rows_, row_bytes_;
+};
+
 // ---- scores ----
 
 // Slots that are computed together: as many accumulators and a row of q stay in registers.
 constexpr int kSlotBlock = 5;
 // Queries whose dot products one call reduces.
 constexpr int kLeafQueries = kVectorBytes / 8 < 4 ? kVectorBytes / 8 : 4;
+constexpr int kRowsAheadPerLeaf = 2;
 
 // Partial sums over head_dim of left . right for one query and kSlots slots.
 template <int kSlots, class Left, class Real>
@@ -49,6 +88,7 @@ struct DotOperands {
   const int64_t* right_row;
   int64_t slots;
   int64_t dim;
+  RowsAhead* ahead;
 };
 
 // Dot products of kQueries neighbouring queries with kSlots slots, reduced over all lane bits below
@@ -73,6 +113,7 @@ inline void reduced_dots(const DotOperands<Left, Real>& x, int64_t lane, int64_t
 template <int kQueries, int kSlots, class Left, class Real>
 [[gnu::noinline]] void leaf_dots(const DotOperands<Left, Real>& x, int64_t lane, int64_t slot,
                                  Vector<Real>* sum) {
+  x.ahead->ask(kRowsAheadPerLeaf);
   reduced_dots<kQueries, kSlots>(x, lane, slot, sum);
 }
 
@@ -213,12 +254,13 @@ inline void sum_part(const Term* term, const Term* end, const Real* weights, con
 // Writes sums of rows to the rows of a tensor: to + to_row[r] gets sum number r.
 template <class Stored, class Real>
 void write_sums(const Sums& sums, const Real* weights, const Real* rows, int64_t count, int64_t dim,
-                const int64_t* to_row, Stored* to) {
+                const int64_t* to_row, Stored* to, RowsAhead* ahead) {
   constexpr int kWidth = kLanes<Real>, kTile = 4;
   const Term *terms = sums.terms, *begin = terms + sums.begin[0];
   for (int64_t r = 0; r < count; ++r) {
     const Term* end = terms + sums.begin[r + 1];
     Stored* row = to + to_row[r];
+    ahead->ask(1);
     int64_t i = 0;
     for (; i + kTile * kWidth <= dim; i += kTile * kWidth) {
       Vector<Real> sum[kTile];
@@ -317,25 +359,29 @@ class Worker {
     }
   }
 
-  void forward(int64_t item) {
+  // Computes an item, and asks for the rows of the one that comes next.
+  void forward(int64_t item, int64_t next) {
+    RowsAhead ahead = rows_ahead(next);
     const Real *k = rows(kK, item), *v = rows(kV, item);
     if (x_.head_dim == x_.padded_dim) {  // a row of q is read once: no need to stage it
-      probabilities(tensor(kQ, item), x_.tensor_row[kQ], k);
+      probabilities(tensor(kQ, item), x_.tensor_row[kQ], k, &ahead);
     } else {
-      probabilities(rows(kQ, item), x_.q_row, k);
+      probabilities(rows(kQ, item), x_.q_row, k, &ahead);
     }
-    write(kO, item, x_.over_v, p_, v);
+    write(kO, item, x_.over_v, p_, v, &ahead);
   }
 
-  void backward(int64_t item) {
+  void backward(int64_t item, int64_t next) {
+    RowsAhead ahead = rows_ahead(next);
     const Real *q = rows(kQ, item), *k = rows(kK, item), *v = rows(kV, item);
     const Real* go = rows(kGo, item);
-    probabilities(q, x_.q_row, k);
-    dot_products<Real, Real>({go, x_.go_row, v, x_.v_row, x_.slots, x_.padded_dim}, x_.lanes, ds_);
+    probabilities(q, x_.q_row, k, &ahead);
+    dot_products<Real, Real>({go, x_.go_row, v, x_.v_row, x_.slots, x_.padded_dim, &ahead},
+                             x_.lanes, ds_);
     softmax_backward<Real>({visible_, zeros_}, scale(), x_.slots, x_.lanes, p_, zero_mass_, ds_);
-    write(kDq, item, x_.over_k, ds_, k);
-    write(kDk, item, x_.over_q, ds_, q);
-    write(kDv, item, x_.over_go, p_, go);
+    write(kDq, item, x_.over_k, ds_, k, &ahead);
+    write(kDk, item, x_.over_q, ds_, q, &ahead);
+    write(kDv, item, x_.over_go, p_, go, &ahead);
   }
 
  private:
@@ -356,14 +402,28 @@ class Worker {
   }
 
   template <class Query>
-  void probabilities(const Query* q, const int64_t* q_row, const Real* k) {
-    dot_products<Query, Real>({q, q_row, k, x_.k_row, x_.slots, x_.padded_dim}, x_.lanes, p_);
+  void probabilities(const Query* q, const int64_t* q_row, const Real* k, RowsAhead* ahead) {
+    dot_products<Query, Real>({q, q_row, k, x_.k_row, x_.slots, x_.padded_dim, ahead}, x_.lanes,
+                              p_);
     softmax<Real>({visible_, zeros_}, scale(), x_.slots, x_.lanes, p_, zero_mass_);
   }
 
-  void write(int operand, int64_t item, const Sums& sums, const Real* weights, const Real* from) {
+  RowsAhead rows_ahead(int64_t item) const {
+    constexpr int64_t kBytes = sizeof(Stored);
+    RowsAhead ahead(x_.rows, x_.head_dim * kBytes);
+    constexpr int kRead[] = {kQ, kK, kV, kGo};
+    for (const int operand : kRead) {
+      if (operand != kGo || backward_) {
+        ahead.add(tensor(operand, item), x_.tensor_row[operand], kBytes);
+      }
+    }
+    return ahead;
+  }
+
+  void write(int operand, int64_t item, const Sums& sums, const Real* weights, const Real* from,
+             RowsAhead* ahead) {
     write_sums(sums, weights, from, x_.rows, x_.head_dim, x_.tensor_row[operand],
-               tensor(operand, item));
+               tensor(operand, item), ahead);
   }
 
   const LocalAttentionTables& x_;
@@ -401,7 +461,9 @@ void forward(const LocalAttentionTables& tables, int64_t begin, int64_t end, voi
   with_type(tables.dtype, [&](auto* type) {
     Worker<std::remove_pointer_t<decltype(type)>> worker(tables, scratch);
     worker.start();
-    for (int64_t item = begin; item < end; ++item) worker.forward(item);
+    for (int64_t item = begin; item < end; ++item) {
+      worker.forward(item, item + 1 < end ? item + 1 : item);
+    }
   });
 }
 
@@ -409,7 +471,9 @@ void backward(const LocalAttentionTables& tables, int64_t begin, int64_t end, vo
   with_type(tables.dtype, [&](auto* type) {
     Worker<std::remove_pointer_t<decltype(type)>> worker(tables, scratch);
     worker.start();
-    for (int64_t item = begin; item < end; ++item) worker.backward(item);
+    for (int64_t item = begin; item < end; ++item) {
+      worker.backward(item, item + 1 < end ? item + 1 : item);
+    }
   });
 }
 

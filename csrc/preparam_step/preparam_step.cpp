@@ -105,18 +105,18 @@ int team(const std::vector<PreParamRun>& cut, int threads) {
 }  // namespace
 
 void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                       int threads) {
+                       int threads, PreParamLargest* largest) {
   check(step, threads);
   const std::vector<PreParamRun> cut = pieces(step, runs, count);
-  kernels().step(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads));
+  kernels().step(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads), largest);
 }
 
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                                 int threads) {
+                                 int threads, const PreParamLargest* largest) {
   check(step, threads);
   const std::vector<PreParamRun> cut = pieces(step, runs, count);
-  return kernels().overflows(step, cut.data(), static_cast<int64_t>(cut.size()),
-                             team(cut, threads));
+  return kernels().overflows(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads),
+                             largest);
 }
 
 }  // namespace ca3d

@@ -40,18 +40,28 @@ struct PreParamRun {
 // Longest run that one thread takes at a time.
 constexpr int64_t kPreParamRun = 16384;
 
-// Steps every run; throws std::invalid_argument for options, types or runs that don't fit together.
-void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                       int threads);
+// Largest magnitudes of theta and m in a piece of kPreParamRun elements (the last of a run may be
+// shorter). NaN when they are not known.
+struct PreParamLargest {
+  double pre_param, momentum;
+};
 
-// Whether the step would store a value that isn't finite, or g holds one. Writes nothing.
+// Steps every run; throws std::invalid_argument for options, types or runs that don't fit together.
+// `largest` is null or takes what was stored, one entry for each piece, run after run.
+void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
+                       int threads, PreParamLargest* largest = nullptr);
+
+// Whether the step would store a value that isn't finite, or g holds one. Writes nothing. Where
+// `largest` bounds all that a piece could become, of that piece only g is read.
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                                 int threads);
+                                 int threads, const PreParamLargest* largest = nullptr);
 
 // The kernels of one instruction set. They take checked runs of at most kPreParamRun elements.
 struct PreParamKernels {
-  void (*step)(const PreParamStep&, const PreParamRun*, int64_t count, int threads);
-  bool (*overflows)(const PreParamStep&, const PreParamRun*, int64_t count, int threads);
+  void (*step)(const PreParamStep&, const PreParamRun*, int64_t count, int threads,
+               PreParamLargest*);
+  bool (*overflows)(const PreParamStep&, const PreParamRun*, int64_t count, int threads,
+                    const PreParamLargest*);
 };
 
 namespace baseline {
