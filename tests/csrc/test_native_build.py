@@ -32,7 +32,9 @@ def isa_flags(isa: str) -> tuple[str, ...]:
 
 @cache
 def source_flags(source: Path) -> tuple[str, ...]:
-    """Compiler options of a source, as CMakeLists.txt gives them."""
+    """Compiler options of a source, as CMakeLists.txt gives them; none for other sources."""
+    if not source.is_relative_to(ROOT):
+        return ()
     text = (ROOT / "CMakeLists.txt").read_text()
     name = re.escape(str(source.relative_to(ROOT)))
     flags = re.findall(rf"properties\({name}\s+PROPERTIES COMPILE_OPTIONS ([^)]*)\)", text)
