@@ -180,13 +180,17 @@ backends.register("norm_relu_conv", backends.Implementation("cpu", _load_cpu, _c
 
 def _empty(like: Tensor, shape: Any = None, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised (N, C, H, W), physically (N, H, W, C)."""
-    n, c, h, w = like.shape if shape is None else shape
-    return like.new_empty((n, h, w, c), dtype=dtype or like.dtype).permute(0, 3, 1, 2)
+    return torch.empty(
+        like.shape if shape is None else shape,
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def _dense(x: Tensor) -> Tensor:
     """The same values, physically (N, H, W, C); a copy only if they aren't."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x if x.movedim(1, -1).is_contiguous() else _empty(x).copy_(x)
 
 
 def _convolved(y: Tensor) -> torch.dtype:

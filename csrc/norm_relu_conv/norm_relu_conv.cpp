@@ -206,7 +206,15 @@ void norm_relu_apply(const NormReluProblem& problem, const NormReluCoefficients&
   const Folded folded(problem, threads);
   const Columns mean(problem, folded, coefficients.mean);
   const Columns scale(problem, folded, coefficients.scale);
-  const Columns bias(problem, folded, coefficients.bias);
+  // The bias takes what the rounded mean has lost.
+  std::vector<double> corrected(coefficients.bias, coefficients.bias + problem.channels);
+  if (problem.dtype != DType::kFloat64) {
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      const double rounded = static_cast<float>(coefficients.mean[c]);
+      corrected[c] -= (coefficients.mean[c] - rounded) * coefficients.scale[c];
+    }
+  }
+  const Columns bias(problem, folded, corrected.data());
   const NormReluKernels& run = kernels();
   folded.for_rows([&](const NormReluTask& task, int64_t start) {
     run.apply(task, folded.at(y, start), folded.at(residual, start), mean.data(), scale.data(),

@@ -6,8 +6,10 @@ namespace ca3d {
 namespace CA3D_ISA {
 namespace {
 
-// Rows whose sums are held in the type that is computed in, before they go into doubles.
-constexpr int64_t kChunk = 128;
+// Rows whose sums are held in the type that is computed in, before they go into doubles. What a mean
+// is off by is the same for all values of a channel, and a convolution adds it up: sums of 128 rows
+// made a residual column's output several times less exact.
+constexpr int64_t kChunk = 16;
 // Vectors side by side whose sums stay in registers.
 constexpr int kBlock = 4;
 
@@ -92,7 +94,8 @@ struct Kernel {
   // if there are none). The sums are of distances from a value near the mean: a large mean costs no digits.
   template <int kVectors, class Access>
   static void statistics_chunk(const Stored* y, int64_t rows, int64_t width, int64_t before,
-                               double* mean, double* squares, Access access) {
+                               double* __restrict mean, double* __restrict squares,
+                               Access access) {
     V shift[kVectors] = {}, sum[kVectors] = {}, square[kVectors] = {};
     Real shifts[kVectors * kCount], sums[kVectors * kCount], sums_of_squares[kVectors * kCount];
     const int elements = (kVectors - 1) * kCount + access.template elements<Real>();
@@ -183,8 +186,8 @@ struct Kernel {
 
   template <int kVectors, class Access>
   static void reduce_chunk(Vectors<kVectors>, const Stored* y, Stored* dz, const Stored* more,
-                           const Real* mean, int64_t rows, int64_t width, double* sum,
-                           double* product, Access access) {
+                           const Real* mean, int64_t rows, int64_t width, double* __restrict sum,
+                           double* __restrict product, Access access) {
     V center[kVectors] = {}, sums[kVectors] = {}, products[kVectors] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
