@@ -7,6 +7,7 @@ from ca3d_kernels.local_attention.functional import (
     published_key_table,
 )
 from ca3d_kernels.local_attention.module import LocalTemporalAttention
+from ca3d_kernels.norm_relu_conv.functional import norm_relu, norm_relu_conv
 from ca3d_kernels.preparam_step.mapping import LinearMapping, PreParamMapping, published_mapping
 from ca3d_kernels.preparam_step.optimizer import PreParamSGD
 from ca3d_kernels.preparam_step.parametrization import (
@@ -24,6 +25,8 @@ __all__ = [
     "UnsupportedInputError",
     "local_temporal_attention",
     "local_temporal_attention_packed",
+    "norm_relu",
+    "norm_relu_conv",
     "parametrize_with_pre_parameters",
     "pre_parameter",
     "published_key_table",

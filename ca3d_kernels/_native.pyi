@@ -63,3 +63,49 @@ def preparam_sgd_step_overflows(
     threads: int,
     largest: NDArray[np.float64] | None = None,
 ) -> bool: ...
+def norm_relu_statistics(
+    dtype: str,
+    rows: int,
+    channels: int,
+    relu: bool,
+    y: int,
+    mean: int,
+    variance: int,
+    threads: int,
+) -> None: ...
+def norm_relu_apply(
+    dtype: str,
+    rows: int,
+    channels: int,
+    relu: bool,
+    y: int,
+    residual: int,
+    coefficients: tuple[int, int, int],
+    z: int,
+    wide: bool,
+    threads: int,
+) -> None: ...
+def norm_relu_reduce(
+    dtype: str,
+    rows: int,
+    channels: int,
+    relu: bool,
+    mean: int,
+    y: int,
+    dz: int,
+    more: int,
+    sum: int,
+    product: int,
+    threads: int,
+) -> None: ...
+def norm_relu_backward(
+    dtype: str,
+    rows: int,
+    channels: int,
+    relu: bool,
+    y: int,
+    dz: int,
+    coefficients: tuple[int, int, int, int],
+    dy: int,
+    threads: int,
+) -> None: ...

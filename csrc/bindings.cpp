@@ -17,6 +17,7 @@
 #include "common/dtype.h"
 #include "common/pages.h"
 #include "local_attention/local_attention.h"
+#include "norm_relu_conv/norm_relu_conv.h"
 #include "preparam_step/preparam_step.h"
 
 namespace py = pybind11;
@@ -154,6 +155,59 @@ void def_preparam(py::module_& m, const char* name, Function function) {
         py::arg("largest").noconvert() = py::none());
 }
 
+template <class Element>
+Element* pointer(int64_t address) {
+  return reinterpret_cast<Element*>(address);
+}
+
+// Every tensor is an address; coefficients and results of channels are doubles.
+void norm_relu_statistics(const std::string& dtype, int64_t rows, int64_t channels, bool relu,
+                          int64_t y, int64_t mean, int64_t variance, int threads) {
+  const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
+  const py::gil_scoped_release release;
+  ca3d::norm_relu_statistics(problem, pointer<const void>(y), pointer<double>(mean),
+                             pointer<double>(variance), threads);
+}
+
+// coefficients is (mean, scale, bias); residual 0 for none.
+void norm_relu_apply(const std::string& dtype, int64_t rows, int64_t channels, bool relu, int64_t y,
+                     int64_t residual, const std::array<int64_t, 3>& coefficients, int64_t z,
+                     bool wide, int threads) {
+  const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
+  const ca3d::NormReluCoefficients numbers{pointer<const double>(coefficients[0]),
+                                           pointer<const double>(coefficients[1]),
+                                           pointer<const double>(coefficients[2]), nullptr,
+                                           nullptr};
+  const py::gil_scoped_release release;
+  ca3d::norm_relu_apply(problem, numbers, pointer<const void>(y), pointer<const void>(residual),
+                        pointer<void>(z), wide, threads);
+}
+
+// more 0 for none.
+void norm_relu_reduce(const std::string& dtype, int64_t rows, int64_t channels, bool relu,
+                      int64_t mean, int64_t y, int64_t dz, int64_t more, int64_t sum,
+                      int64_t product, int threads) {
+  const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
+  const py::gil_scoped_release release;
+  ca3d::norm_relu_reduce(problem, pointer<const double>(mean), pointer<const void>(y),
+                         pointer<void>(dz), pointer<const void>(more), pointer<double>(sum),
+                         pointer<double>(product), threads);
+}
+
+// coefficients is (mean, scale, offset, slope).
+void norm_relu_backward(const std::string& dtype, int64_t rows, int64_t channels, bool relu,
+                        int64_t y, int64_t dz, const std::array<int64_t, 4>& coefficients,
+                        int64_t dy, int threads) {
+  const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
+  const ca3d::NormReluCoefficients numbers{pointer<const double>(coefficients[0]),
+                                           pointer<const double>(coefficients[1]), nullptr,
+                                           pointer<const double>(coefficients[2]),
+                                           pointer<const double>(coefficients[3])};
+  const py::gil_scoped_release release;
+  ca3d::norm_relu_backward(problem, numbers, pointer<const void>(y), pointer<const void>(dz),
+                           pointer<void>(dy), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -178,6 +232,18 @@ PYBIND11_MODULE(_native, m) {
   m.attr("preparam_run") = ca3d::kPreParamRun;
   def_preparam(m, "preparam_sgd_step", &preparam<ca3d::preparam_sgd_step>);
   def_preparam(m, "preparam_sgd_step_overflows", &preparam<ca3d::preparam_sgd_step_overflows>);
+  m.def("norm_relu_statistics", &norm_relu_statistics, py::arg("dtype"), py::arg("rows"),
+        py::arg("channels"), py::arg("relu"), py::arg("y"), py::arg("mean"), py::arg("variance"),
+        py::arg("threads"));
+  m.def("norm_relu_apply", &norm_relu_apply, py::arg("dtype"), py::arg("rows"), py::arg("channels"),
+        py::arg("relu"), py::arg("y"), py::arg("residual"), py::arg("coefficients"), py::arg("z"),
+        py::arg("wide"), py::arg("threads"));
+  m.def("norm_relu_reduce", &norm_relu_reduce, py::arg("dtype"), py::arg("rows"),
+        py::arg("channels"), py::arg("relu"), py::arg("mean"), py::arg("y"), py::arg("dz"),
+        py::arg("more"), py::arg("sum"), py::arg("product"), py::arg("threads"));
+  m.def("norm_relu_backward", &norm_relu_backward, py::arg("dtype"), py::arg("rows"),
+        py::arg("channels"), py::arg("relu"), py::arg("y"), py::arg("dz"), py::arg("coefficients"),
+        py::arg("dy"), py::arg("threads"));
   m.def("openmp", [] {
 #ifdef _OPENMP
     return std::to_string(_OPENMP);

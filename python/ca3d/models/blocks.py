@@ -1,10 +1,9 @@
 """The named parts of CA3D: the two halves of a CAST block, their residual columns, the head.
 
 Each part takes and returns clips (B, C, T, H, W) in the layout of `ca3d.models.layout`, and every
-convolution in it is a 2-D convolution on a free view. Wherever autograd doesn't need the values
-that an operation replaces, it works in place: ReLU on a convolution's output, and the residual
-sum on the output of a normalisation. What a training step keeps is then one tensor for each ReLU
-and one for each input of a convolution.
+convolution in it is a 2-D convolution on a free view. A training step on a CPU keeps the output of
+each convolution and each residual sum; what lies between an output and the next convolution
+(`ca3d.models.norm`) is made again for the gradient.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ca3d.models.layout import as_clip, as_frames, as_lines
-from ca3d.models.norm import BatchNorm, relu_norm
+from ca3d.models.norm import BatchNorm, hooked, normalise, normalise_and_convolve
 from ca3d_kernels import LocalTemporalAttention
 
 KeyTable = Tensor | Sequence[Sequence[Sequence[int]]]
@@ -73,9 +72,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images or lines (N, C, h, w) to the same shape."""
-        y = relu_norm(self.conv1(x), self.norm1)
-        y = relu_norm(self.conv2(y), self.norm2)
-        return y.add_(x)
+        y, _ = normalise_and_convolve(self.conv1(x), self.norm1, self.conv2)
+        return normalise(y, self.norm2, x)
 
 
 class ResidualColumn(nn.Sequential):
@@ -109,6 +107,36 @@ class ResidualColumn(nn.Sequential):
                 for _ in range(depth)
             )
         )
+
+    def normalised(self, y: Tensor, norm: nn.Module, *, relu: bool = True) -> Tensor:
+        """The column of ``norm(relu(y))``, of which a training step keeps y.
+
+        A normalisation and the convolution behind it are one step, so that the input of the column
+        and what lies within its blocks are not kept, and a block's sum is kept once.
+
+        Args:
+            y: images or lines (N, C, h, w); may be overwritten if `relu`.
+            norm: the normalisation in front of the column.
+            relu: False for the column of ``norm(y)``.
+
+        Returns:
+            (N, C, h, w).
+
+        Example:
+            >>> column = ResidualColumn(8, 2, (3, 1))
+            >>> column.normalised(torch.randn(2, 8, 5, 5), BatchNorm(8)).shape
+            torch.Size([2, 8, 5, 5])
+        """
+        if hooked(self) or not all(type(b) is ResidualBlock and not hooked(b) for b in self):
+            return self(normalise(y, norm, relu=relu))  # type: ignore[no-any-return]
+        residual = None
+        for block in self:
+            y, residual = normalise_and_convolve(
+                y, norm, block.conv1, residual, relu=relu, return_z=True
+            )
+            y, _ = normalise_and_convolve(y, block.norm1, block.conv2)
+            norm, relu = block.norm2, True
+        return normalise(y, norm, residual, relu=relu)
 
 
 class SpatialBlock(nn.Module):
@@ -149,9 +177,8 @@ class SpatialBlock(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """Maps (B, in_channels, T, H, W) to (B, out_channels, T, ceil(H / 2), ceil(W / 2))."""
-        x = self.input_norm(as_frames(clip))
-        x = relu_norm(self.conv(x), self.norm)
-        return as_clip(self.column(x), clip.shape[0])
+        y, _ = normalise_and_convolve(as_frames(clip), self.input_norm, self.conv, relu=False)
+        return as_clip(self.column.normalised(y, self.norm), clip.shape[0])
 
 
 class TemporalBlock(nn.Module):
@@ -208,7 +235,7 @@ class TemporalBlock(nn.Module):
         lines = as_lines(clip)
         attended = self.attention(self.input_norm(lines).unsqueeze(4))
         lines = lines + as_lines(attended)
-        return self.column(self.norm(lines)).unflatten(3, clip.shape[3:])
+        return self.column.normalised(lines, self.norm, relu=False).unflatten(3, clip.shape[3:])
 
 
 class PositionalTable(nn.Module):

@@ -1,54 +1,28 @@
-"""Batch normalisation of channels-last tensors with accurate statistics, fused with ReLU.
+"""The step from one convolution to the next: ReLU, batch normalisation, residual sum, convolution.
 
-torch's own kernel for channels-last tensors on the CPU adds the values of a channel one by one in
-the tensor's precision: over the 200,000 values of a training step's first block the variance is
-off by 1e-3 (float32). Here the rows of the (pixels, channels) matrix are folded, many of them
-side by side as if they were more channels, so that the same kernel makes many short sums, which
-are then put together in float64: the same time, an error near float32's rounding.
+In training on a CPU it is one op of `ca3d_kernels`, which keeps the first convolution's output and
+makes everything else again when the gradient is computed; elsewhere it is the modules themselves,
+one after the other.
 """
-
-import math
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-__all__ = ["BatchNorm", "channel_statistics", "relu_norm"]
+from ca3d_kernels import norm_relu, norm_relu_conv
 
-_FOLD = 256
+__all__ = ["BatchNorm", "fuses", "normalise", "normalise_and_convolve"]
 
-
-def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel.
-
-    Args:
-        x: (N, C, H, W), physically `channels_last`, float32 or float64.
-
-    Returns:
-        Mean and variance, (C,), in float64.
-
-    Example:
-        >>> x = torch.tensor([[[[1.0, 3.0]]]]).to(memory_format=torch.channels_last)
-        >>> channel_statistics(x)
-        (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
-    """
-    channels, rows = x.shape[1], x.numel() // x.shape[1]
-    fold = math.gcd(rows, _FOLD)
-    # (pixels, channels) read as (pixels / fold, fold * channels), shown to the kernel as an image.
-    folded = x.movedim(1, -1).reshape(1, rows // fold, 1, fold * channels).movedim(-1, 1)
-    means, variances = torch.batch_norm_update_stats(folded, None, None, 0.0)
-    # The variance of all is the mean of the variances and the variance of the means.
-    between, mean = torch.var_mean(means.view(fold, channels).double(), 0, correction=0)
-    within = variances.view(fold, channels).mean(0, dtype=torch.float64)
-    return mean, within.add_(between)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` with the statistics of `channel_statistics` in training on a CPU.
+    """`torch.nn.BatchNorm2d` by the kernels of `ca3d_kernels.norm_relu` in training on a CPU.
 
-    Same parameters, buffers and results (up to rounding) everywhere; in evaluation, on other
-    devices, in other dtypes and layouts, and in compiled or transformed code it is torch's own.
+    Same parameters, buffers and results (up to rounding) everywhere. torch's own kernel adds the
+    values of a channel one by one in the tensor's precision: over the 200,000 values of a training
+    step's first block its variance is off by 1e-3 (float32). In evaluation, on other devices, in
+    other layouts, and in compiled or transformed code it is torch's own all the same.
 
     Example:
         >>> BatchNorm(4)(torch.randn(2, 4, 3, 3)).mean().abs().item() < 1e-6
@@ -60,22 +34,36 @@ class BatchNorm(nn.BatchNorm2d):
 
         Args:
             input: the tensor to normalise.
-            relu: whether to apply ReLU first, in place.
+            relu: whether to apply ReLU first; the input may then be overwritten.
 
         Returns:
             A new tensor in the same layout.
         """
-        if not self._accurate(input):
+        if not self.by_kernel(input):
             return super().forward(torch.relu_(input) if relu else input)
-        return self._normalise(input, relu)
+        z, mean, variance = norm_relu(input, self.weight, self.bias, eps=self.eps, relu=relu)
+        self.track(mean, variance, input.numel() // input.shape[1])
+        return z
 
-    def _accurate(self, x: Tensor) -> bool:
+    def by_kernel(self, x: Tensor) -> bool:
+        """Whether `ca3d_kernels` normalises x, and not torch.
+
+        Args:
+            x: the tensor to normalise.
+
+        Returns:
+            True in training on a CPU, in eager code, for a `channels_last` tensor.
+
+        Example:
+            >>> x = torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last)
+            >>> BatchNorm(4).by_kernel(x), BatchNorm(4).eval().by_kernel(x)
+            (True, False)
+        """
         return (
             self.training
             and self.affine
             and x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.float64)
-            and x.dtype == self.weight.dtype
+            and x.dtype in _DTYPES
             and x.dim() == 4
             and x.numel() > x.shape[1]
             and x.movedim(1, -1).is_contiguous()
@@ -84,19 +72,20 @@ class BatchNorm(nn.BatchNorm2d):
             and forward_ad._current_level < 0
         )
 
-    def _normalise(self, x: Tensor, relu: bool) -> Tensor:
-        if relu:
-            # Behind autograd's back, but not behind its version counters: the convolution that made
-            # x doesn't need it again, and `_Normalise` accounts for the derivative.
-            with torch.no_grad():
-                torch.relu_(x)
-        with torch.no_grad():
-            mean, variance = channel_statistics(x)
-            self._track(mean, variance, x.numel() // x.shape[1])
-        y: Tensor = _Normalise.apply(x, self.weight, self.bias, mean, variance, self.eps, relu)
-        return y
+    @torch.no_grad()
+    def track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Updates the running statistics as `torch.nn.BatchNorm2d` does.
 
-    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        Args:
+            mean, variance: of a batch, (C,); the variance is the biased one.
+            count: values of each channel.
+
+        Example:
+            >>> norm = BatchNorm(1)
+            >>> norm.track(torch.ones(1), torch.ones(1), 2)
+            >>> norm.running_mean.item(), norm.running_var.item()
+            (0.10000000149011612, 1.100000023841858)
+        """
         if self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
@@ -109,60 +98,125 @@ class BatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
-class _Normalise(torch.autograd.Function):
-    """Batch normalisation by given batch statistics; saves nothing but its input.
-
-    With `relu`, x is the already rectified input, and the gradient is the one before the ReLU.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
-    ) -> Tensor:
-        deviation_inverse = (variance + eps).rsqrt().to(x.dtype)
-        mean, variance = mean.to(x.dtype), variance.to(x.dtype)
-        ctx.save_for_backward(x, weight, mean, deviation_inverse)
-        ctx.eps, ctx.relu = eps, relu
-        # With training=False torch takes the statistics that it is given.
-        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, deviation_inverse = ctx.saved_tensors
-        differentiated_again = torch.is_grad_enabled()
-        if ctx.relu and differentiated_again:
-            x = torch.relu(x)
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, deviation_inverse, True, ctx.eps, [True, True, True]
-        )
-        if ctx.relu:
-            if differentiated_again:
-                grad_x = torch.ops.aten.threshold_backward(grad_x, x, 0)
-            else:
-                torch.ops.aten.threshold_backward.grad_input(grad_x, x, 0, grad_input=grad_x)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
-
-
-def relu_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """``norm(relu(x))``, the step that follows every convolution; overwrites x.
+def fuses(y: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> bool:
+    """Whether normalisation and convolution run as one op instead of module by module.
 
     Args:
-        x: (N, C, H, W), an output that nothing else needs.
-        norm: a `BatchNorm`, or any other module in its place.
+        y: the tensor to normalise.
+        norm: the normalisation.
+        conv: the convolution after it, or None.
 
     Returns:
-        The normalised tensor, of x's shape and layout.
+        True if the kernels take y and both modules are plain ones: a hook wants to see the tensors
+        between them.
 
     Example:
-        >>> relu_norm(torch.randn(2, 4, 3, 3), BatchNorm(4)).shape
+        >>> x = torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last)
+        >>> fuses(x, BatchNorm(4), nn.Conv2d(4, 4, 1)), fuses(x, nn.BatchNorm2d(4))
+        (True, False)
+    """
+    if not isinstance(norm, BatchNorm) or hooked(norm) or not norm.by_kernel(y):
+        return False
+    if conv is None:
+        return True
+    if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
+        return False
+    plain = conv.padding_mode == "zeros" and conv.dilation == (1, 1)
+    autocast = torch.is_autocast_enabled("cpu")
+    same = autocast or (conv.weight.dtype == y.dtype and conv.weight.device == y.device)
+    return plain and same and not isinstance(conv.padding, str) and not hooked(conv)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its `forward`.
+
+    Example:
+        >>> hooked(nn.Identity())
+        False
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+def normalise(
+    y: Tensor, norm: nn.Module, residual: Tensor | None = None, *, relu: bool = True
+) -> Tensor:
+    """``norm(relu(y)) + residual``, the step that follows every convolution.
+
+    Args:
+        y: (N, C, H, W); it may be overwritten if `relu`.
+        norm: a `BatchNorm`, or any other module in its place.
+        residual: of y's shape, or None.
+        relu: False for ``norm(y) + residual``.
+
+    Returns:
+        A new tensor of y's shape and layout.
+
+    Example:
+        >>> normalise(torch.randn(2, 4, 3, 3), BatchNorm(4)).shape
         torch.Size([2, 4, 3, 3])
     """
-    y: Tensor = norm(x, relu=True) if isinstance(norm, BatchNorm) else norm(torch.relu_(x))
-    return y
+    if fuses(y, norm):
+        assert isinstance(norm, BatchNorm)
+        z, mean, variance = norm_relu(
+            y, norm.weight, norm.bias, residual, eps=norm.eps, relu=relu
+        )
+        norm.track(mean, variance, y.numel() // y.shape[1])
+        return z
+    if relu and isinstance(norm, BatchNorm):
+        z = norm(y, relu=True)
+    else:
+        z = norm(torch.relu_(y) if relu else y)
+    return z if residual is None else z.add_(residual)
+
+
+def normalise_and_convolve(
+    y: Tensor,
+    norm: nn.Module,
+    conv: nn.Module,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    return_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``conv(z)`` and z, with ``z = norm(relu(y)) + residual``.
+
+    Args:
+        y, norm, residual, relu: as in `normalise`.
+        conv: the convolution.
+        return_z: whether z is wanted, too.
+
+    Returns:
+        The convolution's output, and z or None.
+
+    Example:
+        >>> y = torch.randn(2, 4, 3, 3)
+        >>> normalise_and_convolve(y, BatchNorm(4), nn.Conv2d(4, 8, 1))[0].shape
+        torch.Size([2, 8, 3, 3])
+    """
+    if not fuses(y, norm, conv):
+        z = normalise(y, norm, residual, relu=relu)
+        return conv(z), z if return_z else None
+    assert isinstance(norm, BatchNorm)
+    assert isinstance(conv, nn.Conv2d)
+    result = norm_relu_conv(
+        y,
+        norm.weight,
+        norm.bias,
+        conv.weight,
+        conv.bias,
+        residual,
+        stride=conv.stride,
+        padding=conv.padding,
+        groups=conv.groups,
+        eps=norm.eps,
+        relu=relu,
+        return_z=return_z,
+    )
+    norm.track(result.mean, result.variance, y.numel() // y.shape[1])
+    return result.output, result.z

@@ -116,13 +116,18 @@ def torch_norm(self: BatchNorm, x: Tensor, relu: bool = False) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def use_torch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchNorm, "forward", torch_norm)
+    monkeypatch.setattr(BatchNorm, "by_kernel", lambda self, x: False)
+
+
 @pytest.mark.parametrize("case", STEPS)
 def test_training_step_with_the_same_normalisation_kernel(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The head normalises over a batch of two clips, which enlarges a rounding error of the features
     # a million times in the gradients: 1e-9 can be asked for only where the same kernel sums.
-    monkeypatch.setattr(BatchNorm, "forward", torch_norm)
+    use_torch_norm(monkeypatch)
     step = Step(case, torch.float64)
     assert max(step.logits, step.loss, step.gradients, step.zeros) < 1e-9
 
@@ -141,7 +146,7 @@ def test_training_step_in_float32(case: str, monkeypatch: pytest.MonkeyPatch) ->
     assert max(ours.loss, ours.zeros) < 1e-4
     # Logits and gradients are as exact as the arithmetic of a batch of two allows: compared with
     # torch's own kernel at a few roundings of the input.
-    monkeypatch.setattr(BatchNorm, "forward", torch_norm)
+    use_torch_norm(monkeypatch)
     peers = [Step(case, torch.float32, noise) for noise in (0.0, 1e-7, 1e-7)]
     assert ours.logits < 2 * max(step.logits for step in peers) + 1e-4
     assert ours.gradients < 2 * max(step.gradients for step in peers) + 1e-4

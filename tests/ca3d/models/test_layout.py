@@ -125,34 +125,44 @@ def test_views_are_free_and_invertible() -> None:
         assert to_channels_last(clip).data_ptr() == clip.data_ptr()
 
 
-def test_what_a_step_keeps() -> None:
-    """One tensor for each ReLU, one for each input of a convolution, and next to nothing else."""
-    model = ca3d_tiny(5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_step_keeps(dtype: torch.dtype) -> None:
+    """Each convolution's output and each residual sum, once, and next to nothing else."""
+    model = ca3d_tiny(5).to(dtype)
     kept: dict[int, int] = {}
+    count = 0
 
     def keep(x: torch.Tensor) -> torch.Tensor:
+        nonlocal count
         storage = x.untyped_storage()
+        if storage.data_ptr() not in kept and storage.nbytes() >= dtype.itemsize * 2048:
+            count += storage.data_ptr() not in parameters
         kept[storage.data_ptr()] = storage.nbytes()
         return x
 
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(torch.randn(2, 3, 16, 64, 64)).sum()
+        model(torch.randn(2, 3, 16, 64, 64, dtype=dtype)).sum()
     total = sum(size for pointer, size in kept.items() if pointer not in parameters)
 
     def tensor(channels: int, frames: int, side: int) -> int:
-        return 2 * channels * frames * side * side * 4
+        return 2 * channels * frames * side * side * dtype.itemsize
 
-    # A half with two residual blocks: its input normalised; ReLU; then norm, ReLU, norm, ReLU and
-    # sum in each block (the last sum is the next half's input).
-    expected = 2 * tensor(3, 16, 64)
+    # A half with two residual blocks keeps five outputs of convolutions and two sums (the last is
+    # the next half's input).
+    expected, tensors = tensor(3, 16, 64), 1
     for channels, frames, side in ((8, 16, 32), (16, 16, 16), (32, 8, 8), (64, 4, 4)):
-        expected += 10 * tensor(channels, frames, side)
-    for channels, frames, side in ((8, 16, 32), (16, 8, 16), (32, 4, 8)):
-        expected += tensor(channels, frames, side)  # normalised inputs of the spatial halves
-    expected += tensor(16, 8, 16) // 4 + tensor(16, 8, 16)  # the pool's choices and its result
-    expected += tensor(32, 4, 8) // 4 + tensor(32, 4, 8)
-    # Temporal halves: table's sum, normalised, q, k, v, attention's sum, norm; then their columns.
+        expected += 7 * tensor(channels, frames, side)
+        tensors += 7
+    # The pools' choices, of one byte, and their results.
+    for channels, frames, side in ((16, 8, 16), (32, 4, 8)):
+        expected += tensor(channels, frames, side) * (1 + dtype.itemsize) // dtype.itemsize
+        tensors += 2
+    # Temporal halves: table's sum, normalised, q, k, v in one, attention's sum; then their columns.
     for channels, frames, side in ((32, 8, 8), (64, 4, 4)):
-        expected += (1 + 1 + 3 + 1 + 1 + 8) * tensor(channels, frames, side)
+        expected += (1 + 3 + 1 + 6) * tensor(channels, frames, side)
+        tensors += 1 + 1 + 1 + 6
+    expected += tensor(32, 8, 8)
     assert total < 1.02 * expected
+    assert total > 0.9 * expected
+    print(count, tensors)

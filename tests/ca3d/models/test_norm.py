@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ca3d.models.norm import BatchNorm, channel_statistics, relu_norm
+from ca3d.models.norm import BatchNorm, fuses, normalise, normalise_and_convolve
 
 SHAPES = [(4, 6, 8, 8), (3, 5, 7, 3), (1, 4, 1, 2), (2, 3, 1, 1), (16, 1, 5, 5), (2, 64, 16, 16)]
 
@@ -33,14 +33,14 @@ def pair(channels: int, **options: float | None) -> tuple[BatchNorm, nn.BatchNor
 def test_equals_torch(shape: tuple[int, ...], relu: bool) -> None:
     ours, torchs = pair(shape[1])
     x = channels_last(*shape)
-    assert ours._accurate(x)
+    assert ours.by_kernel(x)
     results = []
     for norm in (ours, torchs):
         # The product stands for the convolution whose output is overwritten.
         leaf = x.clone().requires_grad_()
         before = leaf * 1.0
         if norm is ours:
-            y = relu_norm(before, ours) if relu else ours(before)
+            y = normalise(before, ours) if relu else ours(before)
         else:
             y = norm(F.relu(before) if relu else before)
         y.mul(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
@@ -71,23 +71,15 @@ def test_without_running_statistics() -> None:
         torch.testing.assert_close(ours.train(training)(x), torchs.train(training)(x))
 
 
-def test_statistics_are_accurate() -> None:
+def test_running_statistics_are_accurate() -> None:
     """At the size of a training step's first block, where torch's kernel is off by 1e-3."""
-    x = channels_last(64, 16, 56, 56, dtype=torch.float32).relu_()
-    mean, variance = channel_statistics(x)
-    exact = x.double()
-    expected = exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)
-    torch.testing.assert_close(mean, expected[0], rtol=2e-6, atol=0)
-    torch.testing.assert_close(variance, expected[1], rtol=2e-6, atol=0)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_statistics_survive_a_large_mean(offset: float) -> None:
-    x = channels_last(8, 4, 16, 16, dtype=torch.float32) + offset
-    mean, variance = channel_statistics(x)
-    exact = x.double()
-    torch.testing.assert_close(mean, exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
-    torch.testing.assert_close(variance, exact.var((0, 2, 3), correction=0), rtol=1e-3, atol=0)
+    x = channels_last(64, 16, 56, 56, dtype=torch.float32)
+    norm = BatchNorm(16, momentum=1.0)
+    norm(x, relu=True)
+    exact = x.double().relu()
+    expected = exact.mean((0, 2, 3)).float(), exact.var((0, 2, 3)).float()
+    torch.testing.assert_close(norm.running_mean, expected[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(norm.running_var, expected[1], rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -95,7 +87,7 @@ def test_derivatives(relu: bool) -> None:
     norm = BatchNorm(2, track_running_stats=False).double()
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        step = partial(relu_norm, norm=norm) if relu else norm
+        step = partial(normalise, norm=norm) if relu else norm
         parameters = {"weight": weight, "bias": bias}
         with nn.utils.stateless._reparametrize_module(norm, parameters):
             return step(x * 1.0)
@@ -138,12 +130,72 @@ def test_it_is_torchs_class_for_others() -> None:
     assert isinstance(converted, nn.SyncBatchNorm)
     x = channels_last(2, 4, 3, 3, dtype=torch.float32)
     expected = nn.BatchNorm2d(4)(F.relu(x))
-    torch.testing.assert_close(relu_norm(x.clone(), nn.BatchNorm2d(4)), expected)
+    torch.testing.assert_close(normalise(x.clone(), nn.BatchNorm2d(4)), expected)
 
 
 def test_frozen_normalisation() -> None:
     norm = BatchNorm(4).eval()
     before = copy.deepcopy(norm.state_dict())
-    y = relu_norm(channels_last(2, 4, 3, 3, dtype=torch.float32).requires_grad_() * 1.0, norm)
+    y = normalise(channels_last(2, 4, 3, 3, dtype=torch.float32).requires_grad_() * 1.0, norm)
     y.sum().backward()
     assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
+
+
+def conv_and_norm(dtype: torch.dtype = torch.float64) -> tuple[nn.Conv2d, BatchNorm]:
+    conv = nn.Conv2d(4, 6, 3, 2, 1, groups=2).to(memory_format=torch.channels_last)
+    return conv.to(dtype), BatchNorm(4).to(dtype)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("return_z", [False, True])
+def test_fused_step_equals_the_modules(relu: bool, residual: bool, return_z: bool) -> None:
+    conv, norm = conv_and_norm()
+    twins = copy.deepcopy((conv, norm))
+    twins[1].register_forward_hook(lambda *_: None)  # a hook makes it run module by module
+    inputs = [channels_last(2, 4, 5, 6), channels_last(2, 4, 5, 6)]
+    results = []
+    for c, n in ((conv, norm), twins):
+        y, x = (i.clone().requires_grad_() for i in inputs)
+        assert fuses(y, n, c) == (n is norm)
+        output, z = normalise_and_convolve(
+            y * 1.0, n, c, x if residual else None, relu=relu, return_z=return_z
+        )
+        assert (z is not None) == return_z
+        loss = output.sin().sum() + (0 if z is None else z.cos().sum())
+        loss.backward()
+        gradients = [y.grad, x.grad, *(p.grad for m in (n, c) for p in m.parameters())]
+        buffers = [b.double() for b in n.buffers()]
+        results.append([output, z, *gradients, *buffers])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_a_fused_step_keeps() -> None:
+    conv, norm = conv_and_norm(torch.float32)
+    y = channels_last(2, 4, 9, 8, dtype=torch.float32).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        normalise_and_convolve(y, norm, conv)
+    assert [x.data_ptr() for x in kept if x.dim() == 4] == [y.data_ptr(), conv.weight.data_ptr()]
+    assert all(x.numel() <= 4 for x in kept if x.dim() < 4)
+
+
+def test_only_plain_modules_are_fused() -> None:
+    conv, norm = conv_and_norm(torch.float32)
+    y = channels_last(2, 4, 9, 8, dtype=torch.float32)
+    assert fuses(y, norm, conv)
+    others = [
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, dilation=2),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3).double(),
+        nn.Identity(),
+    ]
+    assert not any(fuses(y, norm, other) for other in others)
+    assert not fuses(y, copy.deepcopy(norm).eval(), conv)
+    assert not fuses(y, nn.BatchNorm2d(4), conv)
+    assert not fuses(y.contiguous(), norm, conv)
+    conv.register_forward_hook(lambda *_: None)
+    assert not fuses(y, norm, conv)
+    assert fuses(y, norm)

@@ -1,0 +1,600 @@
+"""Registers ``ca3d::norm_relu_conv`` and its backward op with torch, with all their transforms.
+
+- The op normalises the rectified y, adds a residual and convolves the result z, which it makes again
+  in the backward pass instead of keeping it. Without a convolution, z is the result. Outputs that a
+  call doesn't have are empty tensors.
+- Kernels provide first derivatives. Double backward and whatever follows differentiate the
+  definition in `reference`; forward mode and functorch transforms run it instead of the op.
+- The convolution is torch's. On a CPU, float16 is convolved in float32, on copies that live no
+  longer than the convolution, and so is bfloat16 where the CPU can't convolve it: torch's own path
+  there is many times slower.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from ca3d_kernels import backends
+from ca3d_kernels.norm_relu_conv import reference
+
+_OPERANDS = 6  # y, weight, bias, residual, conv_weight, conv_bias
+_BACKWARD_OPERANDS = 9  # grad, grad_z, y, z, mean, variance, weight, bias, conv_weight
+
+
+class Options(NamedTuple):
+    """Everything but the tensors, in the order of the op's schema; see `norm_relu_conv`.
+
+    Attributes:
+        stride, padding: of the convolution, two integers each.
+        groups: of the convolution.
+        eps: added to the variance.
+        relu: whether y is rectified first.
+        keep_z: whether a call with a convolution returns z, too.
+        backend: the demanded backend, or ``""``.
+    """
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    groups: int = 1
+    eps: float = 1e-5
+    relu: bool = True
+    keep_z: bool = False
+    backend: str = ""
+
+    def definition(self) -> dict[str, Any]:
+        """The options as the keyword arguments of the functions in `reference`."""
+        options = self._asdict()
+        del options["backend"], options["keep_z"]
+        return options
+
+
+class Kernels(Protocol):
+    """What a backend provides for this op.
+
+    Tensors are (N, C, H, W), physically a dense (N * H * W, C) matrix; statistics and coefficients
+    are (C,) in float64. x is relu(y), or y without `relu`.
+    """
+
+    def statistics(self, y: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of x."""
+
+    def apply(
+        self,
+        y: Tensor,
+        residual: Tensor | None,
+        mean: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        relu: bool,
+        z: Tensor,
+    ) -> None:
+        """Writes ``(x - mean) * scale + bias + residual``, rounded to y's dtype, into z, which may
+        be float32 with y in half precision."""
+
+    def reduce(
+        self, y: Tensor, dz: Tensor, more: Tensor | None, mean: Tensor, relu: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Adds `more` to dz in place, then sums dz, and dz * (x - mean)."""
+
+    def backward(
+        self,
+        y: Tensor,
+        dz: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        slope: Tensor,
+        relu: bool,
+        dy: Tensor,
+    ) -> None:
+        """Writes ``scale * (dz - offset - (x - mean) * slope)``, with `relu` only where y > 0, into
+        dy, which may be dz."""
+
+
+class ReferenceKernels:
+    """The definition in torch operations, on any device."""
+
+    def statistics(self, y: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+        """See `Kernels`."""
+        mean, variance = reference.statistics(y, relu)
+        return mean.double(), variance.double()
+
+    def apply(
+        self,
+        y: Tensor,
+        residual: Tensor | None,
+        mean: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        relu: bool,
+        z: Tensor,
+    ) -> None:
+        """See `Kernels`."""
+        value = _centred(y, mean, relu).mul_(_column(scale, y)).add_(_column(bias, y))
+        if residual is not None:
+            value += residual
+        z.copy_(value.to(y.dtype))
+
+    def reduce(
+        self, y: Tensor, dz: Tensor, more: Tensor | None, mean: Tensor, relu: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels`."""
+        if more is not None:
+            dz += more
+        wide = dz.to(reference.computed(dz.dtype))
+        products = wide * _centred(y, mean, relu)
+        return wide.sum((0, 2, 3)).double(), products.sum((0, 2, 3)).double()
+
+    def backward(
+        self,
+        y: Tensor,
+        dz: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        slope: Tensor,
+        relu: bool,
+        dy: Tensor,
+    ) -> None:
+        """See `Kernels`."""
+        inner = dz - _column(offset, y) - _centred(y, mean, relu) * _column(slope, y)
+        inner *= _column(scale, y)
+        dy.copy_(inner.masked_fill_(y <= 0, 0) if relu else inner)
+
+
+def _column(values: Tensor, y: Tensor) -> Tensor:
+    return values.to(reference.computed(y.dtype))[:, None, None]
+
+
+def _centred(y: Tensor, mean: Tensor, relu: bool) -> Tensor:
+    x = y.to(reference.computed(y.dtype))
+    return (x.relu() if relu else x) - _column(mean, y)
+
+
+@functools.cache
+def _load_cpu() -> Kernels:
+    from ca3d_kernels.norm_relu_conv.cpu import NativeKernels
+
+    return NativeKernels()
+
+
+def _cpu_unavailable(device: str) -> str | None:
+    if device != "cpu":
+        return "it serves CPU tensors only"
+    return backends.native_lacks(
+        "norm_relu_statistics", "norm_relu_apply", "norm_relu_reduce", "norm_relu_backward"
+    )
+
+
+backends.register(
+    "norm_relu_conv",
+    backends.Implementation("reference", ReferenceKernels, lambda device: None),
+)
+backends.register("norm_relu_conv", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
+
+
+def _empty(like: Tensor, shape: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (N, C, H, W), physically (N, H, W, C)."""
+    return torch.empty(
+        like.shape if shape is None else shape,
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same values, physically (N, H, W, C); a copy only if they aren't."""
+    return x if x.movedim(1, -1).is_contiguous() else _empty(x).copy_(x)
+
+
+def _convolved(y: Tensor) -> torch.dtype:
+    """The dtype in which torch convolves tensors like y quickly."""
+    if y.device.type != "cpu" or y.dtype in (torch.float32, torch.float64):
+        return y.dtype
+    native = y.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _plain_precision(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Keeps autocast from changing the dtype of a convolution inside the op."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _scale(weight: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``weight / deviation`` and ``1 / deviation``."""
+    inverse = (variance + eps).rsqrt_()
+    return weight.double() * inverse, inverse
+
+
+def _forward(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = Options(*arguments)
+    y = _dense(y)
+    residual = None if residual is None else _dense(residual)
+    keep = options.keep_z or conv_weight is None
+    dtype = _convolved(y)
+    z = _empty(y, dtype=y.dtype if keep else dtype)
+
+    def normalise(kernels: Kernels) -> tuple[Tensor, Tensor]:
+        mean, variance = kernels.statistics(y, options.relu)
+        scale, _ = _scale(weight, variance, options.eps)
+        kernels.apply(y, residual, mean, scale, bias.double(), options.relu, z)
+        return mean, variance
+
+    mean, variance = _run(y, options, normalise)
+    if conv_weight is None:
+        return y.new_empty(0), z, mean, variance
+    with _plain_precision(y.device.type):
+        output = torch.conv2d(
+            z.to(dtype),
+            conv_weight.to(dtype),
+            None if conv_bias is None else conv_bias.to(dtype),
+            options.stride,
+            options.padding,
+            groups=options.groups,
+        )
+    return _dense(output.to(y.dtype)), z if keep else y.new_empty(0), mean, variance
+
+
+def _backward(
+    grad: Tensor | None,
+    grad_z: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    needs_z, needs_y, options = arguments[0], arguments[1], Options(*arguments[2:])
+    y = _dense(y)
+    grad_z = None if grad_z is None else _dense(grad_z)
+    scale, inverse = _scale(weight, variance, options.eps)
+    conv_gradients = (y.new_empty(0), y.new_empty(0))
+    own = grad is not None and conv_weight is not None
+    if grad is not None and conv_weight is not None:
+        if z is None:
+            z = _empty(y, dtype=_convolved(y))
+            made = z
+            _run(
+                y,
+                options,
+                lambda run: run.apply(y, None, mean, scale, bias.double(), options.relu, made),
+            )
+            del made
+        dtype = _convolved(y)
+        with _plain_precision(y.device.type):
+            gradient = functools.partial(
+                _convolution_backward, _dense(grad).to(dtype), conv_weight.to(dtype), options
+            )
+            conv_gradients = gradient(z.to(dtype), (False, True, True))[1:]
+            # z is done with before its gradient takes as much memory. Of the input that gradient
+            # needs nothing but the shape: of fresh memory no page is touched.
+            del z
+            stand_in = y if y.dtype == dtype else _empty(y, dtype=dtype)
+            dz = _dense(gradient(stand_in, (True, False, False))[0].to(y.dtype))
+            del stand_in, gradient
+        more = grad_z
+    else:
+        assert grad_z is not None
+        dz, more = grad_z, None
+    total, product = _run(y, options, lambda run: run.reduce(y, dz, more, mean, options.relu))
+    dy = y.new_empty(0)
+    if needs_y:
+        dy = dz if own and not needs_z else _empty(y)
+        count = y.numel() // y.shape[1]
+        offset, slope = total / count, product * inverse.square() / count
+        _run(
+            y,
+            options,
+            lambda run: run.backward(y, dz, mean, scale, offset, slope, options.relu, dy),
+        )
+    return (
+        dz if own and needs_z else y.new_empty(0),
+        dy,
+        product.mul_(inverse).to(weight.dtype),
+        total.to(bias.dtype),
+        *(x.to(y.dtype) for x in conv_gradients),
+    )
+
+
+def _convolution_backward(
+    grad: Tensor, weight: Tensor, options: Options, z: Tensor, mask: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        grad,
+        z,
+        weight,
+        [weight.shape[0]],
+        options.stride,
+        options.padding,
+        [1, 1],
+        False,
+        [0, 0],
+        options.groups,
+        mask,
+    )
+
+
+def _run(y: Tensor, options: Options, call: Callable[[Any], Any]) -> Any:
+    return backends.run("norm_relu_conv", y.device.type, options.backend, call)
+
+
+def _fake_forward(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = Options(*arguments)
+    mean, variance = (y.new_empty(y.shape[1], dtype=torch.float64) for _ in range(2))
+    if conv_weight is None:
+        return y.new_empty(0), _empty(y), mean, variance
+    size = [
+        (y.shape[i + 2] + 2 * options.padding[i] - conv_weight.shape[i + 2]) // options.stride[i]
+        + 1
+        for i in range(2)
+    ]
+    output = _empty(y, (y.shape[0], conv_weight.shape[0], *size))
+    return output, _empty(y) if options.keep_z else y.new_empty(0), mean, variance
+
+
+def _fake_backward(
+    grad: Tensor | None,
+    grad_z: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor | None,
+    needs_z: bool,
+    needs_y: bool,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    own = grad is not None and conv_weight is not None
+    conv_gradients = [y.new_empty(0), y.new_empty(0)]
+    if grad is not None and conv_weight is not None:
+        conv_gradients = [
+            torch.empty_like(conv_weight),
+            conv_weight.new_empty(conv_weight.shape[0]),
+        ]
+    return (
+        _empty(y) if own and needs_z else y.new_empty(0),
+        _empty(y) if needs_y else y.new_empty(0),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
+        *conv_gradients,
+    )
+
+
+_TAIL = (
+    "int[] stride, int[] padding, int groups, float eps, bool relu, bool keep_z, str backend"
+)
+_library = torch.library.Library("ca3d", "FRAGMENT")
+_library.define(
+    "norm_relu_conv(Tensor y, Tensor weight, Tensor bias, Tensor? residual, Tensor? conv_weight, "
+    f"Tensor? conv_bias, {_TAIL}) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "norm_relu_conv_backward(Tensor? grad, Tensor? grad_z, Tensor y, Tensor? z, Tensor mean, "
+    "Tensor variance, Tensor weight, Tensor bias, Tensor? conv_weight, bool needs_z, bool needs_y, "
+    f"{_TAIL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _name, _kernel, _fake in (
+    ("norm_relu_conv", _forward, _fake_forward),
+    ("norm_relu_conv_backward", _backward, _fake_backward),
+):
+    for _device in ("CPU", "CUDA"):
+        # no_grad: torch operations inside an op must not record a graph of their own.
+        _library.impl(_name, torch.no_grad()(_kernel), _device)
+    torch.library.register_fake(f"ca3d::{_name}", _fake, lib=_library)
+
+_op = torch.ops.ca3d.norm_relu_conv.default
+_backward_op = torch.ops.ca3d.norm_relu_conv_backward.default
+
+
+# ---- derivatives ----
+
+
+def _definition(*arguments: Any) -> tuple[Tensor, ...]:
+    """The op in differentiable torch operations."""
+    options = Options(*arguments[_OPERANDS:])
+    y, conv_weight = arguments[0], arguments[4]
+    output, z = reference.norm_relu_conv(*arguments[:_OPERANDS], **options.definition())
+    mean, variance = (m.detach().double() for m in reference.statistics(y, options.relu))
+    keep = options.keep_z or conv_weight is None
+    return output, z if keep else y.new_empty(0), mean, variance
+
+
+def _backward_definition(*arguments: Any) -> tuple[Tensor, ...]:
+    """The backward op in differentiable torch operations."""
+    grad, grad_z, y, z, _, _, weight, bias, conv_weight = arguments[:_BACKWARD_OPERANDS]
+    needs_z, needs_y = arguments[_BACKWARD_OPERANDS : _BACKWARD_OPERANDS + 2]
+    options = Options(*arguments[_BACKWARD_OPERANDS + 2 :])
+    dz, dy, *others = reference.norm_relu_conv_backward(
+        grad, grad_z, y, z, weight, bias, conv_weight, **options.definition()
+    )
+    own = grad is not None and conv_weight is not None
+    nothing = y.new_empty(0)
+    return dz if own and needs_z else nothing, dy if needs_y else nothing, *others
+
+
+def _pullback(
+    definition: Callable[..., tuple[Tensor, ...]],
+    arguments: list[Any],
+    differentiable: list[int],
+    cotangents: tuple[Any, ...],
+) -> list[Any]:
+    """Gradients of a definition, themselves differentiable, one for each argument."""
+
+    def run(*primals: Tensor) -> tuple[Tensor, ...]:
+        filled = list(arguments)
+        for i, x in zip(differentiable, primals, strict=True):
+            filled[i] = x
+        return definition(*filled)
+
+    vjp = torch.func.vjp(run, *(arguments[i] for i in differentiable))
+    outputs, pull = vjp[0], vjp[1]
+    gradients: list[Any] = [None] * len(arguments)
+    cotangents = tuple(
+        torch.zeros_like(x) if c is None else c for x, c in zip(outputs, cotangents, strict=True)
+    )
+    for i, gradient in zip(differentiable, pull(cotangents), strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _present(x: Tensor | None) -> Tensor | None:
+    """None for the gradient of an output that the call doesn't have."""
+    return None if x is None or x.numel() == 0 else x
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    y, weight, bias, residual, conv_weight = inputs[:5]
+    _, z, mean, variance = output
+    # With a residual, z is a sum that the model keeps anyway; else y and the statistics give it.
+    kept = z if residual is not None and conv_weight is not None else None
+    ctx.save_for_backward(y, kept, mean, variance, weight, bias, conv_weight)
+    ctx.mark_non_differentiable(mean, variance)
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[_OPERANDS:]
+
+
+def _differentiate(ctx: Any, grad: Any, grad_z: Any, *_: Any) -> tuple[Any, ...]:
+    grad, grad_z = _present(grad), _present(grad_z)
+    nothing = (None,) * len(Options._fields)
+    if grad is None and grad_z is None:
+        return *(None,) * _OPERANDS, *nothing
+    needs_y, needs_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    dz, dy, dweight, dbias, dconv_weight, dconv_bias = _call_backward(
+        grad, grad_z, *ctx.saved_tensors, needs_residual, needs_y, *ctx.options
+    )
+    if grad is None:
+        dz, dconv_weight, dconv_bias = grad_z, None, None
+    return (
+        dy if needs_y else None,
+        dweight,
+        dbias,
+        dz if needs_residual else None,
+        dconv_weight,
+        dconv_bias if ctx.needs_input_grad[5] else None,
+        *nothing,
+    )
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:_BACKWARD_OPERANDS])
+    ctx.options = inputs[_BACKWARD_OPERANDS:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+    arguments = [*ctx.saved_tensors, *ctx.options]
+    # Not the statistics: they are a function of y, and the definition makes them from it.
+    differentiable = [i for i in (0, 1, 2, 3, 6, 7, 8) if arguments[i] is not None]
+    return tuple(_pullback(_backward_definition, arguments, differentiable, cotangents))
+
+
+def _batched(definition: Callable[..., Any], operands: int) -> Callable[..., Any]:
+    """A vmap rule that batches the definition."""
+
+    def rule(info: Any, dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = torch.vmap(
+            lambda *x: definition(*x, *arguments[operands:]), in_dims=dims[:operands]
+        )(*arguments[:operands])
+        return results, (0,) * len(results)
+
+    return rule
+
+
+def _straight(op: Any, save: Callable[..., None]) -> Callable[..., Any]:
+    """The forward method of an autograd.Function that is the op's autograd rule itself."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*arguments)
+        save(ctx, arguments, output)
+        return output
+
+    return forward
+
+
+class _Forward(torch.autograd.Function):
+    forward = staticmethod(_straight(_op, _save))
+    backward = staticmethod(_differentiate)
+
+
+class _Backward(torch.autograd.Function):
+    forward = staticmethod(_straight(_backward_op, _save_backward))
+    backward = staticmethod(_differentiate_backward)
+
+
+def _transformed() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _call_backward(*arguments: Any) -> Any:
+    if _transformed():
+        return _backward_definition(*arguments)
+    if torch.compiler.is_compiling():
+        return _backward_op(*arguments)
+    return _Backward.apply(*arguments)
+
+
+def norm_relu_conv(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs the op, or its definition under a transform that the op doesn't know.
+
+    Args:
+        *arguments: those of the op's schema.
+
+    Returns:
+        The convolution's output, z, mean and variance.
+
+    Example:
+        >>> y, one = torch.randn(2, 3, 4, 4), torch.ones(3)
+        >>> norm_relu_conv(y, one, one, None, None, None, *Options())[1].shape
+        torch.Size([2, 3, 4, 4])
+    """
+    if _transformed():
+        return _definition(*arguments)  # type: ignore[return-value]
+    if torch.compiler.is_compiling():
+        return _op(*arguments)  # type: ignore[no-any-return]
+    return _Forward.apply(*arguments)  # type: ignore[no-any-return]
+
+
+for _name, _rule, _setup, _define, _count in (
+    ("norm_relu_conv", _differentiate, _save, _definition, _OPERANDS),
+    (
+        "norm_relu_conv_backward",
+        _differentiate_backward,
+        _save_backward,
+        _backward_definition,
+        _BACKWARD_OPERANDS,
+    ),
+):
+    torch.library.register_autograd(f"ca3d::{_name}", _rule, setup_context=_setup, lib=_library)
+    torch.library.register_vmap(f"ca3d::{_name}", _batched(_define, _count), lib=_library)
