@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ca3d_kernels import backends
+from ca3d_kernels import backends, pages
 
 _DTYPES = {
     torch.float32: "float32",
@@ -40,6 +40,7 @@ class NativeKernels:
         z: Tensor,
     ) -> None:
         """See `op.Kernels`."""
+        pages.prepare(self._native, z)
         coefficients = _addresses(mean, scale, bias)
         self._native.norm_relu_apply(
             *_problem(y, relu),
@@ -74,6 +75,8 @@ class NativeKernels:
         dy: Tensor,
     ) -> None:
         """See `op.Kernels`."""
+        if dy is not dz:
+            pages.prepare(self._native, dy)
         coefficients = _addresses(mean, scale, offset, slope)
         self._native.norm_relu_backward(
             *_problem(y, relu),

@@ -1,8 +1,8 @@
 """Registers ``ca3d::norm_relu_conv`` and its backward op with torch, with all their transforms.
 
-- The op normalises the rectified y, adds a residual and convolves the result z, which it makes again
-  in the backward pass instead of keeping it. Without a convolution, z is the result. Outputs that a
-  call doesn't have are empty tensors.
+- The op normalises the rectified y, adds a residual and convolves the result z, which it makes
+  again in the backward pass instead of keeping it. Without a convolution, z is the result. Outputs
+  that a call doesn't have are empty tensors.
 - Kernels provide first derivatives. Double backward and whatever follows differentiate the
   definition in `reference`; forward mode and functorch transforms run it instead of the op.
 - The convolution is torch's. On a CPU, float16 is convolved in float32, on copies that live no
@@ -167,7 +167,11 @@ def _cpu_unavailable(device: str) -> str | None:
     if device != "cpu":
         return "it serves CPU tensors only"
     return backends.native_lacks(
-        "norm_relu_statistics", "norm_relu_apply", "norm_relu_reduce", "norm_relu_backward"
+        "norm_relu_statistics",
+        "norm_relu_apply",
+        "norm_relu_reduce",
+        "norm_relu_backward",
+        "advise_huge_pages",
     )
 
 
@@ -267,7 +271,7 @@ def _backward(
     y = _dense(y)
     grad_z = None if grad_z is None else _dense(grad_z)
     scale, inverse = _scale(weight, variance, options.eps)
-    conv_gradients = (y.new_empty(0), y.new_empty(0))
+    conv_gradients: tuple[Tensor, ...] = (y.new_empty(0), y.new_empty(0))
     own = grad is not None and conv_weight is not None
     if grad is not None and conv_weight is not None:
         if z is None:
@@ -318,7 +322,7 @@ def _backward(
 def _convolution_backward(
     grad: Tensor, weight: Tensor, options: Options, z: Tensor, mask: tuple[bool, ...]
 ) -> tuple[Tensor, ...]:
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+    return torch.ops.aten.convolution_backward(
         grad,
         z,
         weight,
@@ -389,9 +393,7 @@ def _fake_backward(
     )
 
 
-_TAIL = (
-    "int[] stride, int[] padding, int groups, float eps, bool relu, bool keep_z, str backend"
-)
+_TAIL = "int[] stride, int[] padding, int groups, float eps, bool relu, bool keep_z, str backend"
 _library = torch.library.Library("ca3d", "FRAGMENT")
 _library.define(
     "norm_relu_conv(Tensor y, Tensor weight, Tensor bias, Tensor? residual, Tensor? conv_weight, "
@@ -519,13 +521,20 @@ def _differentiate_backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
     return tuple(_pullback(_backward_definition, arguments, differentiable, cotangents))
 
 
-def _batched(definition: Callable[..., Any], operands: int) -> Callable[..., Any]:
-    """A vmap rule that batches the definition."""
+def _one_by_one(op: Any) -> Callable[..., Any]:
+    """A vmap rule that runs the op on one slice after the other: each has its own statistics."""
 
     def rule(info: Any, dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = torch.vmap(
-            lambda *x: definition(*x, *arguments[operands:]), in_dims=dims[:operands]
-        )(*arguments[:operands])
+        slices = (
+            op(
+                *(
+                    x.select(dim, i) if isinstance(dim, int) else x
+                    for x, dim in zip(arguments, dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        )
+        results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
         return results, (0,) * len(results)
 
     return rule
@@ -565,7 +574,7 @@ def _call_backward(*arguments: Any) -> Any:
     return _Backward.apply(*arguments)
 
 
-def norm_relu_conv(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_relu_conv(*arguments: Any) -> tuple[Tensor, ...]:
     """Runs the op, or its definition under a transform that the op doesn't know.
 
     Args:
@@ -580,21 +589,15 @@ def norm_relu_conv(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         torch.Size([2, 3, 4, 4])
     """
     if _transformed():
-        return _definition(*arguments)  # type: ignore[return-value]
+        return _definition(*arguments)
     if torch.compiler.is_compiling():
-        return _op(*arguments)  # type: ignore[no-any-return]
-    return _Forward.apply(*arguments)  # type: ignore[no-any-return]
+        return _op(*arguments)
+    return _Forward.apply(*arguments)
 
 
-for _name, _rule, _setup, _define, _count in (
-    ("norm_relu_conv", _differentiate, _save, _definition, _OPERANDS),
-    (
-        "norm_relu_conv_backward",
-        _differentiate_backward,
-        _save_backward,
-        _backward_definition,
-        _BACKWARD_OPERANDS,
-    ),
+for _name, _overload, _rule, _setup in (
+    ("norm_relu_conv", _op, _differentiate, _save),
+    ("norm_relu_conv_backward", _backward_op, _differentiate_backward, _save_backward),
 ):
     torch.library.register_autograd(f"ca3d::{_name}", _rule, setup_context=_setup, lib=_library)
-    torch.library.register_vmap(f"ca3d::{_name}", _batched(_define, _count), lib=_library)
+    torch.library.register_vmap(f"ca3d::{_name}", _one_by_one(_overload), lib=_library)

@@ -106,9 +106,10 @@ class Folded {
   // Address of an element; null stays null.
   template <class Pointer>
   Pointer at(Pointer data, int64_t element, bool wide = false) const {
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char,
-                                    char>;
-    const int64_t size = wide && problem_.dtype != DType::kFloat64 ? 4 : element_size(problem_.dtype);
+    using Byte =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    const int64_t size =
+        wide && problem_.dtype != DType::kFloat64 ? 4 : element_size(problem_.dtype);
     return data ? static_cast<Byte*>(data) + element * size : nullptr;
   }
 
@@ -117,9 +118,7 @@ class Folded {
 
  private:
   int64_t first_row(int64_t task) const { return rows * task / tasks; }
-  NormReluTask rest() const {
-    return {problem_.dtype, problem_.relu, 1, left * problem_.channels};
-  }
+  NormReluTask rest() const { return {problem_.dtype, problem_.relu, 1, left * problem_.channels}; }
 
   NormReluProblem problem_;
 };
@@ -148,6 +147,12 @@ class Columns {
   std::vector<float> single_;
   std::vector<double> wide_;
 };
+
+// What a mean loses when it is rounded to the type that is computed in. It is the same for all
+// values of a channel, so that a coefficient of the channel can make up for it.
+double lost(const NormReluProblem& problem, double mean) {
+  return problem.dtype == DType::kFloat64 ? 0 : mean - static_cast<float>(mean);
+}
 
 // Two numbers of every column of every task.
 struct Partial {
@@ -206,13 +211,9 @@ void norm_relu_apply(const NormReluProblem& problem, const NormReluCoefficients&
   const Folded folded(problem, threads);
   const Columns mean(problem, folded, coefficients.mean);
   const Columns scale(problem, folded, coefficients.scale);
-  // The bias takes what the rounded mean has lost.
   std::vector<double> corrected(coefficients.bias, coefficients.bias + problem.channels);
-  if (problem.dtype != DType::kFloat64) {
-    for (int64_t c = 0; c < problem.channels; ++c) {
-      const double rounded = static_cast<float>(coefficients.mean[c]);
-      corrected[c] -= (coefficients.mean[c] - rounded) * coefficients.scale[c];
-    }
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    corrected[c] -= lost(problem, coefficients.mean[c]) * coefficients.scale[c];
   }
   const Columns bias(problem, folded, corrected.data());
   const NormReluKernels& run = kernels();
@@ -241,6 +242,7 @@ void norm_relu_reduce(const NormReluProblem& problem, const double* mean, const 
       product[c] += products[c];
     }
   });
+  for (int64_t c = 0; c < problem.channels; ++c) product[c] -= lost(problem, mean[c]) * sum[c];
 }
 
 void norm_relu_backward(const NormReluProblem& problem, const NormReluCoefficients& coefficients,
@@ -248,7 +250,11 @@ void norm_relu_backward(const NormReluProblem& problem, const NormReluCoefficien
   const Folded folded(problem, threads);
   const Columns mean(problem, folded, coefficients.mean);
   const Columns scale(problem, folded, coefficients.scale);
-  const Columns offset(problem, folded, coefficients.offset);
+  std::vector<double> corrected(coefficients.offset, coefficients.offset + problem.channels);
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    corrected[c] -= lost(problem, coefficients.mean[c]) * coefficients.slope[c];
+  }
+  const Columns offset(problem, folded, corrected.data());
   const Columns slope(problem, folded, coefficients.slope);
   const NormReluKernels& run = kernels();
   folded.for_rows([&](const NormReluTask& task, int64_t start) {

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TESTS = (
     "local_attention/test_native.py",
     "local_attention/test_parity.py",
+    "norm_relu_conv/test_functional.py",
+    "norm_relu_conv/test_parity.py",
     "preparam_step/test_parity.py",
     "preparam_step/test_plan.py",
 )
@@ -38,6 +40,13 @@ tensors = [np.zeros((frames, head_dim), np.float32) for _ in range(4)]
 rows = [(x.ctypes.data, x.size, x.size, x.size, head_dim) for x in tensors]
 sizes = (1, 1, 1, frames + int(sys.argv[1]), head_dim)
 native.local_attention_forward("float32", sizes, (3, 1, 0, 0), 0.125, [], *rows, 1)
+""",
+    "norm_relu_conv": """
+import numpy as np
+rows, channels = 100, 20
+y, mean, variance = np.zeros((rows, channels), np.float32), np.zeros(channels), np.zeros(channels)
+addresses = (x.ctypes.data for x in (y, mean, variance))
+native.norm_relu_statistics("float32", rows + int(sys.argv[1]), channels, True, *addresses, 1)
 """,
     "preparam_step": """
 import numpy as np
