@@ -44,9 +44,11 @@ native.local_attention_forward("float32", sizes, (3, 1, 0, 0), 0.125, [], *rows,
     "norm_relu_conv": """
 import numpy as np
 rows, channels = 100, 20
-y, mean, variance = np.zeros((rows, channels), np.float32), np.zeros(channels), np.zeros(channels)
-addresses = (x.ctypes.data for x in (y, mean, variance))
-native.norm_relu_statistics("float32", rows + int(sys.argv[1]), channels, True, *addresses, 1)
+y, z = (np.zeros((rows, channels), np.float32) for _ in range(2))
+columns = [np.zeros(channels).ctypes.data for _ in range(4)]
+matrix = (rows + int(sys.argv[1]), channels)
+addresses = (y.ctypes.data, 0, columns[2:], z.ctypes.data)
+native.normalise("float32", matrix, True, columns[:2], 1e-5, *addresses, False, 1)
 """,
     "preparam_step": """
 import numpy as np

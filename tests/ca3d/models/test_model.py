@@ -84,6 +84,29 @@ def test_backward_of_attention_is_counted() -> None:
     assert flops["ca3d.local_attention_packed_backward"] == 2.5 * forward > 0
 
 
+def test_fused_convolutions_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for fused in (True, False):
+        model = ca3d_tiny(3)
+        if not fused:
+            for module in model.modules():
+                module.register_forward_hook(lambda *_: None)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(2, 3, 16, 16, 16)).sum().backward()
+        flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        assert ("ca3d.norm_relu_conv" in flops) == fused
+        counts.append(counter.get_total_flops())
+    # Module by module, the gradient of the clip is not computed.
+    first = 2 * conv_macs(ca3d_tiny(3).layers["spatial1"].conv, 2 * 16 * 8 * 8)
+    assert counts[0] - counts[1] in (0, first)
+
+
+def conv_macs(conv: nn.Conv2d, pixels: int) -> int:
+    return conv.weight.numel() * pixels
+
+
 def test_registry() -> None:
     assert {"ca3d", "ca3d_l", "ca3d_tiny"} <= set(names())
     with pytest.raises(ValueError, match=r"unknown model 'ca3d_tinny'; did you mean 'ca3d_tiny'\?"):

@@ -90,6 +90,35 @@ def test_training_reduces_the_loss() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_trains(dtype: torch.dtype) -> None:
+    """A step keeps nothing wider than the model's dtype but O(channels) numbers."""
+    model = ca3d_tiny(5, frames=8).to(dtype)
+    twin = copy.deepcopy(model).float()
+    clip, labels = torch.randn(CLIP), torch.tensor([0, 1])
+    wide: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype.itemsize > 2 and x.numel() > 64:
+            wide.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = model(clip.to(dtype))
+    assert wide == []
+    F.cross_entropy(logits.float(), labels).backward()
+    expected = twin(clip)
+    F.cross_entropy(expected, labels).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None
+        assert p.grad.dtype == dtype
+        assert p.grad.isfinite().all()
+    # The head normalises over two clips: its output is -1 or 1 but for the dropout, and tells
+    # little. The classifier's and the last layers' gradients do, in direction.
+    a, b = model.classifier.weight.grad.float(), twin.classifier.weight.grad
+    assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_state_dict_survives_saving(dtype: torch.dtype) -> None:
     model = ca3d_tiny(5, frames=8).to(dtype)

@@ -91,7 +91,14 @@ def test_the_library_refuses_bad_sizes() -> None:
         (4, 0, 1, "channels must be at least 1, got 0"),
         (4, 4, 0, "threads must be at least 1, got 0"),
     ):
+        matrix, none = (rows, channels), (0, 0)
         with pytest.raises(ValueError, match=message):
-            native.norm_relu_statistics("float32", rows, channels, True, 0, 0, 0, threads)
+            native.normalise("float32", matrix, True, none, 0.0, 0, 0, none, 0, False, threads)
+        with pytest.raises(ValueError, match=message):
+            native.normalise_again("float32", matrix, True, none, 0.0, 0, none, 0, False, threads)
+        with pytest.raises(ValueError, match=message):
+            native.normalise_backward(
+                "float32", matrix, True, none, 0.0, 0, none, 0, 0, 0, none, threads
+            )
     with pytest.raises(ValueError, match="dtype 'int8' is not supported"):
-        native.norm_relu_statistics("int8", 1, 1, True, 0, 0, 0, 1)
+        native.normalise("int8", (1, 1), True, (0, 0), 0.0, 0, 0, (0, 0), 0, False, 1)

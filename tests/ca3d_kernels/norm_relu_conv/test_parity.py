@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import assert_rounded, errors, threads
-from norm_cases import DTYPES, PARAMETERS, Problem, backends_here, check, operands, run
+from norm_cases import (
+    DTYPES,
+    EPS,
+    PARAMETERS,
+    Problem,
+    backends_here,
+    by_definition,
+    check,
+    operands,
+    run,
+)
 from pairwise import pairwise_cases
 
 from ca3d_kernels import norm_relu, norm_relu_conv
@@ -20,6 +30,20 @@ assert len(PAIRWISE) <= 300
 @pytest.mark.parametrize("problem", PAIRWISE, ids=str)
 def test_every_pair_of_options(problem: Problem, backend: str) -> None:
     check(problem, backend)
+
+
+@dtype_parameter
+def test_two_values_a_channel(dtype: torch.dtype, backend: str) -> None:
+    """Their normalised values are -1 and 1 but for eps, and next to nothing is left of a gradient:
+    its error is that of the terms that cancel."""
+    problem = Problem((1, 8, 1, 2), dtype, relu=False)
+    (z, _, _, gradient, *_), (y, weight, bias, _, grad) = run(problem, backend)
+    exact = by_definition(problem, y, weight, bias, None, grad)
+    eps = torch.finfo(dtype).eps
+    assert (z - exact[0]).abs().max() <= 4 * eps * exact[0].abs().max()
+    deviation = y.double().var((0, 2, 3), correction=0).add(EPS).sqrt()
+    terms = (grad.abs().double() * (weight / deviation)[:, None, None]).amax((0, 2, 3))
+    assert ((gradient - exact[1]).abs().amax((0, 2, 3)) <= 16 * eps * terms).all()
 
 
 CONVOLUTIONS = [
