@@ -144,20 +144,20 @@ def test_what_a_step_keeps(dtype: torch.dtype) -> None:
     def tensor(channels: int, frames: int, side: int) -> int:
         return 2 * channels * frames * side * side * dtype.itemsize
 
-    # A half with two residual blocks keeps five outputs of convolutions and two sums (the last is
-    # the next half's input).
+    # A half with two residual blocks keeps five outputs of convolutions and the sum between them;
+    # the sum at its end is kept as the next half's input, but a pool or the head keeps none.
     expected, tensors = tensor(3, 16, 64), 1
-    for channels, frames, side in ((8, 16, 32), (16, 16, 16), (32, 8, 8), (64, 4, 4)):
-        expected += 7 * tensor(channels, frames, side)
-        tensors += 7
+    for count_of_half, *size in ((7, 8, 16, 32), (6, 16, 16, 16), (6, 32, 8, 8), (7, 64, 4, 4)):
+        expected += count_of_half * tensor(*size)
+        tensors += count_of_half
     # The pools' choices, of one byte, and their results.
-    for channels, frames, side in ((16, 8, 16), (32, 4, 8)):
-        expected += tensor(channels, frames, side) * (1 + dtype.itemsize) // dtype.itemsize
+    for size in ((16, 8, 16), (32, 4, 8)):
+        expected += tensor(*size) * (1 + dtype.itemsize) // dtype.itemsize
         tensors += 2
-    # Temporal halves: table's sum, normalised, q, k, v in one, attention's sum; then their columns.
-    for channels, frames, side in ((32, 8, 8), (64, 4, 4)):
-        expected += (1 + 3 + 1 + 6) * tensor(channels, frames, side)
-        tensors += 1 + 1 + 1 + 6
-    expected += tensor(32, 8, 8)
+    # A temporal half: its input normalised, q, k and v in one, attention's sum, then the column.
+    for size in ((32, 8, 8), (64, 4, 4)):
+        expected += (1 + 3 + 1 + 5) * tensor(*size)
+        tensors += 1 + 1 + 1 + 5
+    expected, tensors = expected + tensor(32, 8, 8), tensors + 1  # the positional table's sum
     assert 0.98 * expected < total < 1.02 * expected
     assert count == tensors

@@ -93,9 +93,9 @@ def test_training_reduces_the_loss() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_trains(dtype: torch.dtype) -> None:
     """A step keeps nothing wider than the model's dtype but O(channels) numbers."""
-    model = ca3d_tiny(5, frames=8).to(dtype)
-    twin = copy.deepcopy(model).float()
-    clip, labels = torch.randn(CLIP), torch.tensor([0, 1])
+    exact = ca3d_tiny(5, frames=8, dropout=0.0)
+    model = copy.deepcopy(exact).to(dtype)
+    clip, labels = torch.randn(8, *CLIP[1:]), torch.arange(8) % 5
     wide: list[torch.Tensor] = []
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -106,17 +106,19 @@ def test_half_precision_trains(dtype: torch.dtype) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         logits = model(clip.to(dtype))
     assert wide == []
-    F.cross_entropy(logits.float(), labels).backward()
-    expected = twin(clip)
-    F.cross_entropy(expected, labels).backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+    losses = [F.cross_entropy(x.float(), labels) for x in (logits, exact(clip))]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.1)
+    for loss in losses:
+        loss.backward()
+    directions = []
+    for p, q in zip(model.parameters(), exact.parameters(), strict=True):
         assert p.grad is not None
+        assert q.grad is not None
         assert p.grad.dtype == dtype
         assert p.grad.isfinite().all()
-    # The head normalises over two clips: its output is -1 or 1 but for the dropout, and tells
-    # little. The classifier's and the last layers' gradients do, in direction.
-    a, b = model.classifier.weight.grad.float(), twin.classifier.weight.grad
-    assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0
+        directions.append(F.cosine_similarity(p.grad.float().flatten(), q.grad.flatten(), dim=0))
+    # Normalisation over eight clips in the head enlarges roundings in the gradients.
+    assert torch.stack(directions).median() > 0.6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
