@@ -174,10 +174,9 @@ void norm_relu_apply(const std::string& dtype, int64_t rows, int64_t channels, b
                      int64_t residual, const std::array<int64_t, 3>& coefficients, int64_t z,
                      bool wide, int threads) {
   const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
-  const ca3d::NormReluCoefficients numbers{pointer<const double>(coefficients[0]),
-                                           pointer<const double>(coefficients[1]),
-                                           pointer<const double>(coefficients[2]), nullptr,
-                                           nullptr};
+  const ca3d::NormReluCoefficients numbers{
+      pointer<const double>(coefficients[0]), pointer<const double>(coefficients[1]),
+      pointer<const double>(coefficients[2]), nullptr, nullptr};
   const py::gil_scoped_release release;
   ca3d::norm_relu_apply(problem, numbers, pointer<const void>(y), pointer<const void>(residual),
                         pointer<void>(z), wide, threads);
@@ -199,10 +198,9 @@ void norm_relu_backward(const std::string& dtype, int64_t rows, int64_t channels
                         int64_t y, int64_t dz, const std::array<int64_t, 4>& coefficients,
                         int64_t dy, int threads) {
   const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
-  const ca3d::NormReluCoefficients numbers{pointer<const double>(coefficients[0]),
-                                           pointer<const double>(coefficients[1]), nullptr,
-                                           pointer<const double>(coefficients[2]),
-                                           pointer<const double>(coefficients[3])};
+  const ca3d::NormReluCoefficients numbers{
+      pointer<const double>(coefficients[0]), pointer<const double>(coefficients[1]), nullptr,
+      pointer<const double>(coefficients[2]), pointer<const double>(coefficients[3])};
   const py::gil_scoped_release release;
   ca3d::norm_relu_backward(problem, numbers, pointer<const void>(y), pointer<const void>(dz),
                            pointer<void>(dy), threads);

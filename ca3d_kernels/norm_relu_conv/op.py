@@ -1,8 +1,8 @@
 """Registers ``ca3d::norm_relu_conv`` and its backward op with torch, with all their transforms.
 
-- The op normalises the rectified y, adds a residual and convolves the result z, which it makes again
-  in the backward pass instead of keeping it. Without a convolution, z is the result. Outputs that a
-  call doesn't have are empty tensors.
+- The op normalises the rectified y, adds a residual and convolves the result z, which it makes
+  again in the backward pass instead of keeping it. Without a convolution, z is the result. Outputs
+  that a call doesn't have are empty tensors.
 - Kernels provide first derivatives. Double backward and whatever follows differentiate the
   definition in `reference`; forward mode and functorch transforms run it instead of the op.
 - The convolution is torch's. On a CPU, float16 is convolved in float32, on copies that live no
@@ -267,7 +267,7 @@ def _backward(
     y = _dense(y)
     grad_z = None if grad_z is None else _dense(grad_z)
     scale, inverse = _scale(weight, variance, options.eps)
-    conv_gradients = (y.new_empty(0), y.new_empty(0))
+    conv_gradients: tuple[Tensor, ...] = (y.new_empty(0), y.new_empty(0))
     own = grad is not None and conv_weight is not None
     if grad is not None and conv_weight is not None:
         if z is None:
@@ -318,7 +318,7 @@ def _backward(
 def _convolution_backward(
     grad: Tensor, weight: Tensor, options: Options, z: Tensor, mask: tuple[bool, ...]
 ) -> tuple[Tensor, ...]:
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+    return torch.ops.aten.convolution_backward(
         grad,
         z,
         weight,
@@ -389,9 +389,7 @@ def _fake_backward(
     )
 
 
-_TAIL = (
-    "int[] stride, int[] padding, int groups, float eps, bool relu, bool keep_z, str backend"
-)
+_TAIL = "int[] stride, int[] padding, int groups, float eps, bool relu, bool keep_z, str backend"
 _library = torch.library.Library("ca3d", "FRAGMENT")
 _library.define(
     "norm_relu_conv(Tensor y, Tensor weight, Tensor bias, Tensor? residual, Tensor? conv_weight, "
@@ -582,8 +580,8 @@ def norm_relu_conv(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _transformed():
         return _definition(*arguments)  # type: ignore[return-value]
     if torch.compiler.is_compiling():
-        return _op(*arguments)  # type: ignore[no-any-return]
-    return _Forward.apply(*arguments)  # type: ignore[no-any-return]
+        return _op(*arguments)
+    return _Forward.apply(*arguments)
 
 
 for _name, _rule, _setup, _define, _count in (

@@ -106,9 +106,10 @@ class Folded {
   // Address of an element; null stays null.
   template <class Pointer>
   Pointer at(Pointer data, int64_t element, bool wide = false) const {
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char,
-                                    char>;
-    const int64_t size = wide && problem_.dtype != DType::kFloat64 ? 4 : element_size(problem_.dtype);
+    using Byte =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    const int64_t size =
+        wide && problem_.dtype != DType::kFloat64 ? 4 : element_size(problem_.dtype);
     return data ? static_cast<Byte*>(data) + element * size : nullptr;
   }
 
@@ -117,9 +118,7 @@ class Folded {
 
  private:
   int64_t first_row(int64_t task) const { return rows * task / tasks; }
-  NormReluTask rest() const {
-    return {problem_.dtype, problem_.relu, 1, left * problem_.channels};
-  }
+  NormReluTask rest() const { return {problem_.dtype, problem_.relu, 1, left * problem_.channels}; }
 
   NormReluProblem problem_;
 };

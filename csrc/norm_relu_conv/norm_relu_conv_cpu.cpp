@@ -6,9 +6,9 @@ namespace ca3d {
 namespace CA3D_ISA {
 namespace {
 
-// Rows whose sums are held in the type that is computed in, before they go into doubles. What a mean
-// is off by is the same for all values of a channel, and a convolution adds it up: sums of 128 rows
-// made a residual column's output several times less exact.
+// Rows whose sums are held in the type that is computed in, before they go into doubles. What a
+// mean is off by is the same for all values of a channel, and a convolution adds it up: sums of 128
+// rows made a residual column's output several times less exact.
 constexpr int64_t kChunk = 16;
 // Vectors side by side whose sums stay in registers.
 constexpr int kBlock = 4;
@@ -90,12 +90,12 @@ struct Kernel {
 
   // ---- statistics ----
 
-  // Merges a chunk of `rows` rows into the mean and the squares of the `before` rows above it (zeros
-  // if there are none). The sums are of distances from a value near the mean: a large mean costs no digits.
+  // Merges a chunk of `rows` rows into the mean and the squares of the `before` rows above it
+  // (zeros if there are none). The sums are of distances from a value near the mean: a large mean
+  // costs no digits.
   template <int kVectors, class Access>
   static void statistics_chunk(const Stored* y, int64_t rows, int64_t width, int64_t before,
-                               double* __restrict mean, double* __restrict squares,
-                               Access access) {
+                               double* __restrict mean, double* __restrict squares, Access access) {
     V shift[kVectors] = {}, sum[kVectors] = {}, square[kVectors] = {};
     Real shifts[kVectors * kCount], sums[kVectors * kCount], sums_of_squares[kVectors * kCount];
     const int elements = (kVectors - 1) * kCount + access.template elements<Real>();
@@ -169,8 +169,8 @@ struct Kernel {
     }
   }
 
-  static void apply(const NormReluTask& task, const void* y, const void* residual,
-                    const void* mean, const void* scale, const void* bias, void* z, bool wide) {
+  static void apply(const NormReluTask& task, const void* y, const void* residual, const void* mean,
+                    const void* scale, const void* bias, void* z, bool wide) {
     const auto* from = static_cast<const Stored*>(y);
     const auto* more = static_cast<const Stored*>(residual);
     const auto *m = static_cast<const Real*>(mean), *s = static_cast<const Real*>(scale);
@@ -301,8 +301,8 @@ void reduce(const NormReluTask& task, const void* y, void* dz, const void* more,
 
 void backward(const NormReluTask& task, const void* y, const void* dz, const void* mean,
               const void* scale, const void* offset, const void* slope, void* dy) {
-  with_kernel(
-      task, [&](auto kernel) { kernel.backward(task, y, dz, mean, scale, offset, slope, dy); });
+  with_kernel(task,
+              [&](auto kernel) { kernel.backward(task, y, dz, mean, scale, offset, slope, dy); });
 }
 
 }  // namespace

@@ -127,10 +127,12 @@ class ResidualColumn(nn.Sequential):
             >>> column.normalised(torch.randn(2, 8, 5, 5), BatchNorm(8)).shape
             torch.Size([2, 8, 5, 5])
         """
-        if hooked(self) or not all(type(b) is ResidualBlock and not hooked(b) for b in self):
-            return self(normalise(y, norm, relu=relu))  # type: ignore[no-any-return]
+        blocks = [b for b in self if type(b) is ResidualBlock and not hooked(b)]
+        if hooked(self) or len(blocks) != len(self):
+            z: Tensor = self(normalise(y, norm, relu=relu))
+            return z
         residual = None
-        for block in self:
+        for block in blocks:
             y, residual = normalise_and_convolve(
                 y, norm, block.conv1, residual, relu=relu, return_z=True
             )

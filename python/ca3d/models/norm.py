@@ -163,9 +163,7 @@ def normalise(
     """
     if fuses(y, norm):
         assert isinstance(norm, BatchNorm)
-        z, mean, variance = norm_relu(
-            y, norm.weight, norm.bias, residual, eps=norm.eps, relu=relu
-        )
+        z, mean, variance = norm_relu(y, norm.weight, norm.bias, residual, eps=norm.eps, relu=relu)
         norm.track(mean, variance, y.numel() // y.shape[1])
         return z
     if relu and isinstance(norm, BatchNorm):
@@ -204,6 +202,7 @@ def normalise_and_convolve(
         return conv(z), z if return_z else None
     assert isinstance(norm, BatchNorm)
     assert isinstance(conv, nn.Conv2d)
+    assert not isinstance(conv.padding, str)
     result = norm_relu_conv(
         y,
         norm.weight,
