@@ -100,7 +100,8 @@ def compile_for(launch: Launch, arch: str) -> Any:
         constexprs=launch.constants,
         attrs={(i,): aligned for i, kind in enumerate(types.values()) if kind.startswith("*")},
     )
-    return triton.compile(source, target=target(arch), options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps, **launch.options}
+    return triton.compile(source, target=target(arch), options=options)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -5,15 +5,19 @@ offline tests compile the same description for a GPU that isn't there.
 """
 
 import contextlib
+import contextvars
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Argument = Tensor | int | float
+
+_planned_tensor_cores = contextvars.ContextVar("ca3d_planned_tensor_cores", default=True)
 
 
 class Launch(NamedTuple):
@@ -26,6 +30,8 @@ class Launch(NamedTuple):
             address; it may be a meta tensor if the launch is only compiled.
         constants: compile-time arguments by name.
         num_warps: of 32 threads, in each program.
+        reached: tensors that the kernel reaches through addresses in other tensors.
+        options: further options of the compiler.
     """
 
     kernel: Any
@@ -33,6 +39,8 @@ class Launch(NamedTuple):
     arguments: dict[str, Argument]
     constants: dict[str, Any]
     num_warps: int
+    reached: tuple[Tensor, ...] = ()
+    options: dict[str, Any] = {}
 
 
 def run(launch: Launch) -> None:
@@ -45,7 +53,10 @@ def run(launch: Launch) -> None:
     device = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
     with device:
         launch.kernel[(launch.programs,)](
-            **launch.arguments, **launch.constants, num_warps=launch.num_warps
+            **launch.arguments,
+            **launch.constants,
+            **launch.options,
+            num_warps=launch.num_warps,
         )
 
 
@@ -94,15 +105,34 @@ def unavailable(device: str) -> str | None:
 def has_tensor_cores(device: torch.device) -> bool:
     """Whether a device multiplies matrices of float16 and of bfloat16 in tensor cores.
 
-    A meta device stands for one that does.
+    A device that isn't a GPU stands for the one that `planned_for` names, else for one that has.
 
     Example:
         >>> has_tensor_cores(torch.device("meta"))
         True
     """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return True
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda":
+        return _planned_tensor_cores.get()
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextlib.contextmanager
+def planned_for(arch: str) -> Iterator[None]:
+    """Launches described inside the ``with`` block on meta tensors are those for an architecture.
+
+    Args:
+        arch: such as ``"sm_75"``.
+
+    Example:
+        >>> with planned_for("sm_75"):
+        ...     has_tensor_cores(torch.device("meta"))
+        False
+    """
+    token = _planned_tensor_cores.set(arch != "sm_75")
+    try:
+        yield
+    finally:
+        _planned_tensor_cores.reset(token)
 
 
 def alignment(*tensors: Tensor) -> int:

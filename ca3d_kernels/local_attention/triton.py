@@ -25,7 +25,6 @@ class Tile(NamedTuple):
         owned: frames of each sequence that a tile writes.
         front: frames of the halo before them.
         table_heads: sequences of a position, with a key table, else 0.
-        num_warps: of a program.
     """
 
     rows: int
@@ -33,7 +32,6 @@ class Tile(NamedTuple):
     owned: int
     front: int
     table_heads: int
-    num_warps: int
 
     def blocks(self, frames: int) -> int:
         """Tiles that a clip of so many frames is cut into."""
@@ -75,13 +73,13 @@ def before(options: Options) -> int:
     return options.kernel_size - 1 if options.causal else options.kernel_size // 2
 
 
-def tile(heads: int, frames: int, options: Options, *, most: int, backward: bool) -> Tile:
+def tile(heads: int, frames: int, options: Options, *, largest: int, backward: bool) -> Tile:
     """Cuts a problem into tiles.
 
     Args:
         heads, frames: of the operands.
         options: of the op.
-        most: rows of the largest tile that the kernel may have.
+        largest: rows of the largest tile; a power of two.
         backward: whether every key of a tile's own needs all queries that it meets, and these
             queries all of their keys.
 
@@ -89,19 +87,19 @@ def tile(heads: int, frames: int, options: Options, *, most: int, backward: bool
         UnsupportedInputError: a block of a long clip has no room beside its halo.
 
     Example:
-        >>> tile(4, 8, Options(), most=64, backward=False)
-        Tile(rows=16, frames=8, owned=8, front=0, table_heads=0, num_warps=1)
+        >>> tile(4, 8, Options(), largest=32, backward=False)
+        Tile(rows=16, frames=8, owned=8, front=0, table_heads=0)
     """
     table_heads = power_of_two(heads) if options.key_table else 0
     sequences = max(table_heads, 1)
     whole = power_of_two(frames)
-    if sequences * whole <= most:
+    if sequences * whole <= largest:
         rows = max(16, sequences * whole)
-        return Tile(rows, whole, whole, 0, table_heads, rows // 16)
+        return Tile(rows, whole, whole, 0, table_heads)
     back, ahead = _reach(options)
     if backward:
         back = ahead = back + ahead
-    span = most // sequences
+    span = largest // sequences
     if span <= back + ahead:
         per_head = f" for each of {heads} heads of a key table" if options.key_table else ""
         raise UnsupportedInputError(
@@ -109,7 +107,7 @@ def tile(heads: int, frames: int, options: Options, *, most: int, backward: bool
             f"{'backward' if backward else 'forward'} pass needs {back + ahead} of these beside "
             f"its own, with kernel_size {options.kernel_size} and dilation {options.dilation}"
         )
-    return Tile(most, span, span - back - ahead, back, table_heads, most // 16)
+    return Tile(largest, span, span - back - ahead, back, table_heads)
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,13 +123,6 @@ def _key_counts(
     return counts.to(torch.int8).to(device)
 
 
-def _largest_tile(q: Tensor, parts: int) -> int:
-    """Rows that fit into registers: float32 is multiplied outside of the tensor cores."""
-    if parts == 1:
-        return 32 if q.shape[-1] <= 64 else 16
-    return 64
-
-
 def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launch:
     """The launch of a kernel on operands (outer, inner, heads, T, head_dim), by their names."""
     q = operands["q"]
@@ -143,8 +134,9 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     if options.key_table and options.kernel_size > 127:
         raise UnsupportedInputError(f"kernel_size {options.kernel_size} is above 127")
     parts = _PARTS[q.dtype] if triton_launch.has_tensor_cores(q.device) else 1
-    most = _largest_tile(q, parts)
-    cut = tile(heads, frames, options, most=most, backward="do" in operands)
+    # What fits into registers: products outside of the tensor cores need many.
+    largest = 16 if parts == 1 and head_dim > 64 else 32
+    cut = tile(heads, frames, options, largest=largest, backward="do" in operands)
     blocks, groups = cut.blocks(frames), cut.groups(outer * inner, heads)
     if outer * inner * heads >= 2**31 - 64 or blocks * groups >= 2**31:
         raise UnsupportedInputError(f"{outer * inner * heads} sequences are too many")
@@ -181,7 +173,8 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     }
     arguments = {**operands, "key_counts": q if counts is None else counts, **strides, **numbers}
     function = getattr(triton_kernels, kernel)
-    return Launch(function, blocks * groups, arguments, constants, cut.num_warps)
+    num_warps = cut.rows // 8 * (2 if head_dim > 64 else 1) * (2 if parts == 1 else 1)
+    return Launch(function, blocks * groups, arguments, constants, num_warps)
 
 
 def forward_launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options) -> Launch:
@@ -216,7 +209,7 @@ def backward_launch(
     Example:
         >>> x = torch.empty(2, 196, 4, 8, 64, dtype=torch.float16, device="meta")
         >>> backward_launch(x, x, x, x, x, x, x, Options()).num_warps
-        1
+        2
     """
     operands = {"q": q, "k": k, "v": v, "do": grad, "dq": dq, "dk": dk, "dv": dv}
     return _launch("attention_backward", operands, options)

@@ -22,9 +22,7 @@ import triton.language as tl
 @triton.jit
 def _dot(a, b):
     """a @ b in float32: (M, K) and (K, N)."""
-    left = a.reshape(1, a.shape[0], a.shape[1])
-    right = b.reshape(1, b.shape[0], b.shape[1])
-    return tl.dot(left, right, input_precision="ieee").reshape(a.shape[0], b.shape[1])
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -35,8 +33,9 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
     products with x are exact: 2 keep 22 bits in float16, 3 keep 24 in bfloat16. A row of x that
     isn't finite reaches only the rows that it `meets`: 0 * inf would spread it over the tile.
     """
-    finite = x - x == 0
-    clean = tl.where(finite, x, 0)  # [K, N]
+    wide = x.to(tl.float32)
+    finite = wide - wide == 0
+    clean = tl.where(finite, wide, 0.0)  # [K, N]
     if PARTS == 1:
         total = _dot(weights, clean)
     else:
@@ -52,8 +51,8 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
         total *= unit
     if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
         # NaN counts as both infinities, whose sum is NaN.
-        high = _dot(meets.to(tl.float32), tl.where(x > 0, ~finite, x != x).to(tl.float32))
-        low = _dot(meets.to(tl.float32), tl.where(x < 0, ~finite, x != x).to(tl.float32))
+        high = _dot(meets.to(x.dtype), tl.where(wide > 0, ~finite, wide != wide).to(x.dtype))
+        low = _dot(meets.to(x.dtype), tl.where(wide < 0, ~finite, wide != wide).to(x.dtype))
         total += tl.where(high > 0, float("inf"), 0.0) - tl.where(low > 0, float("inf"), 0.0)
     return total
 
@@ -121,16 +120,9 @@ def _multiplicity(
 def _offsets(position, head, frame, inner, outer_stride, inner_stride, head_stride, frame_stride,
              ALIGNED: tl.constexpr):  # fmt: skip
     """Where rows of an operand start, in elements; strides are multiples of ALIGNED."""
-    outer_stride = tl.multiple_of(outer_stride, ALIGNED)
-    inner_stride = tl.multiple_of(inner_stride, ALIGNED)
-    head_stride = tl.multiple_of(head_stride, ALIGNED)
-    frame_stride = tl.multiple_of(frame_stride, ALIGNED)
-    return (
-        (position // inner) * outer_stride
-        + (position % inner) * inner_stride
-        + head * head_stride
-        + frame * frame_stride
-    )
+    offset = (position // inner) * outer_stride + (position % inner) * inner_stride
+    offset += head * head_stride + frame * frame_stride
+    return tl.multiple_of(offset, [ALIGNED, ALIGNED])
 
 
 @triton.jit

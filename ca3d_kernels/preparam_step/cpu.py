@@ -28,9 +28,10 @@ class NativeKernels:
         self._step = native.preparam_sgd_step
         self._overflows = native.preparam_sgd_step_overflows
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
         """See `op.Kernels`."""
-        _call(self._step, batch)
+        if found_inf is None or not bool(found_inf):
+            _call(self._step, batch)
 
     def overflows(self, batch: Batch) -> bool:
         """See `op.Kernels`."""
@@ -63,7 +64,7 @@ def _table(batch: Batch) -> "array[int]":
     cache = {} if batch.cache is None else batch.cache
     if cache.get("addresses") != addresses:
         for w in batch.params:
-            if not (w.is_contiguous() or _is_dense(w)):
+            if not is_dense(w):
                 raise backends.UnsupportedInputError(
                     f"a parameter of strides {w.stride()} has gaps"
                 )
@@ -77,8 +78,15 @@ def _table(batch: Batch) -> "array[int]":
     return cache["table"]
 
 
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order."""
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order.
+
+    Example:
+        >>> is_dense(torch.empty(2, 3).t()), is_dense(torch.empty(2, 4)[:, ::2])
+        (True, False)
+    """
+    if x.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
         if stride != expected:
