@@ -127,7 +127,8 @@ def _offsets(position, head, frame, inner, outer_stride, inner_stride, head_stri
 
 @triton.jit
 def _weights(q, k, count, kernel_size, zeros, scale):
-    """exp(logit - largest) times count, (ROWS, ROWS), and 1 over the sum of each row."""
+    """exp(logit - largest) times count, (ROWS, ROWS); the same of the slots that have
+    no key, (ROWS,); and the sum of both, (ROWS,)."""
     logits = tl.where(count > 0, scale * _dot(q, tl.trans(k)), float("-inf"))
     # Slots without a key take part with logit 0 if zeros is 1, and don't if it is 0.
     absent = zeros * (kernel_size - tl.sum(count, 1))
@@ -136,8 +137,21 @@ def _weights(q, k, count, kernel_size, zeros, scale):
     # A row that doesn't exist has no key.
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     weights = count * tl.exp(logits - largest[:, None])
-    total = tl.sum(weights, 1) + absent * tl.exp(-largest)
-    return weights, 1 / tl.where(total == 0, 1.0, total)
+    absent *= tl.exp(-largest)
+    total = tl.sum(weights, 1) + absent
+    return weights, absent, tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def _logit_gradients(weights, absent, total, dp, meets, scale):
+    """p, and the gradients of the logits times scale, from those of p; all (ROWS, ROWS)."""
+    p = weights / total[:, None]
+    # The mean is subtracted twice: where one key takes nearly all the weight, its difference from
+    # the mean is smaller than the mean's rounding error. Slots without a key have dp = 0.
+    mean = tl.sum(weights * dp, 1) / total
+    dp -= mean[:, None]
+    mean = (tl.sum(weights * dp, 1) - absent * mean) / total
+    return p, tl.where(meets, scale * p * (dp - mean[:, None]), 0.0)
 
 
 @triton.jit(do_not_specialize=["sequences", "heads", "inner", "frames", "blocks", "kernel_size",
@@ -174,8 +188,8 @@ def attention_forward(
         sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
         ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
     )  # [ROWS, ROWS]  # fmt: skip
-    weights, factor = _weights(b_q, b_k, count, kernel_size, zeros, scale)
-    b_o = _weighted_sum(weights, b_v, count > 0, PARTS) * factor[:, None]  # [ROWS, COLUMNS]
+    weights, _, total = _weights(b_q, b_k, count, kernel_size, zeros, scale)
+    b_o = _weighted_sum(weights, b_v, count > 0, PARTS) / total[:, None]  # [ROWS, COLUMNS]
     kept = inside & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
     at = _offsets(position, head, frame, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
     tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
@@ -226,15 +240,13 @@ def attention_backward(
         ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
     )  # [ROWS, ROWS]  # fmt: skip
     meets = count > 0
-    weights, factor = _weights(b_q, b_k, count, kernel_size, zeros, scale)
-    p = weights * factor[:, None]
+    weights, absent, total = _weights(b_q, b_k, count, kernel_size, zeros, scale)
+    dp = tl.where(meets, _dot(b_do, tl.trans(b_v)), 0.0)  # [ROWS, ROWS]
+    p, ds = _logit_gradients(weights, absent, total, dp, meets, scale)
     kept = inside & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
     b_dv = _weighted_sum(tl.trans(p), b_do, tl.trans(meets), PARTS)
     at = _offsets(position, head, frame, inner, dv_outer, dv_inner, dv_head, dv_frame, ALIGNED)
     tl.store(dv + at + i, b_dv.to(dv.dtype.element_ty), mask=kept)
-    dp = tl.where(meets, _dot(b_do, tl.trans(b_v)), 0.0)  # [ROWS, ROWS]
-    ds = scale * p * (dp - tl.sum(p * dp, 1)[:, None])
-    ds = tl.where(meets, ds, 0.0)
     b_dq = _weighted_sum(ds, b_k, meets, PARTS)
     at = _offsets(position, head, frame, inner, dq_outer, dq_inner, dq_head, dq_frame, ALIGNED)
     tl.store(dq + at + i, b_dq.to(dq.dtype.element_ty), mask=kept)

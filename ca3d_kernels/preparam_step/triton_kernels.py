@@ -113,9 +113,9 @@ def preparam_sgd_step(
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
     )  # fmt: skip
     if bulk < count:
-        i = bulk + tl.arange(0, _STEP)
+        last = bulk + tl.arange(0, _STEP)
         _step_elements(
-            w, g, theta, m, i, i < count, hyper,
+            w, g, theta, m, last, last < count, hyper,
             PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
         )  # fmt: skip
 
@@ -139,9 +139,9 @@ def preparam_sgd_overflows(
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
     )  # fmt: skip
     if bulk < count:
-        i = bulk + tl.arange(0, _STEP)
+        last = bulk + tl.arange(0, _STEP)
         found += _not_finite(
-            g, g, theta, m, i, i < count, hyper,
+            g, g, theta, m, last, last < count, hyper,
             PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
         )  # fmt: skip
     if found > 0:

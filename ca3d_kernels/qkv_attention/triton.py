@@ -13,6 +13,7 @@ from ca3d_kernels.triton_launch import Launch
 
 ROWS = 32
 _PARTS = {torch.float16: 2, torch.bfloat16: 3}
+_WARPS = {"qkv_attention_forward": 4, "qkv_attention_backward": 8}
 # A program loads its head's weights once: few programs for each head, but enough for a large GPU.
 _PROGRAMS_PER_HEAD = {"qkv_attention_forward": 256, "qkv_attention_backward": 64}
 
@@ -61,7 +62,8 @@ def _launch(
     function = getattr(triton_kernels, kernel)
     ordered = {name: tensors[name] for name in function.arg_names if name in tensors}
     programs = heads * min(tiles, _PROGRAMS_PER_HEAD[kernel])
-    return Launch(function, programs, {**ordered, **strides, **numbers}, constants, num_warps=4)
+    arguments = {**ordered, **strides, **numbers}
+    return Launch(function, programs, arguments, constants, _WARPS[kernel])
 
 
 def forward_launch(

@@ -9,7 +9,12 @@ kernel reads x once and writes the result once. Tiles have 32 rows, on which pro
 import triton
 import triton.language as tl
 
-from ca3d_kernels.local_attention.triton_kernels import _dot, _weighted_sum, _weights
+from ca3d_kernels.local_attention.triton_kernels import (
+    _dot,
+    _logit_gradients,
+    _weighted_sum,
+    _weights,
+)
 
 
 @triton.jit
@@ -92,8 +97,8 @@ def qkv_attention_forward(
                                 x_inner, HEAD_DIM, FRAMES, ALIGNED, ROWS)  # fmt: skip
         b_x = tl.load(x + at + i, mask=exists, other=0)  # [ROWS, HEAD_DIM]
         q, k, v = _project(b_x, w_q, b_q), _project(b_x, w_k, b_k), _project(b_x, w_v, b_v)
-        weights, factor = _weights(q, k, count, kernel_size, zeros, scale)
-        b_o = _weighted_sum(weights, v, count > 0, PARTS) * factor[:, None]
+        weights, _, total = _weights(q, k, count, kernel_size, zeros, scale)
+        b_o = _weighted_sum(weights, v, count > 0, PARTS) / total[:, None]
         at, exists = _positions(tile, row, positions, frames, inner, head, o_outer, o_frame,
                                 o_inner, HEAD_DIM, FRAMES, ALIGNED, ROWS)  # fmt: skip
         tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=exists)
@@ -136,9 +141,6 @@ def qkv_attention_backward(
     head = tl.program_id(0) % heads
     row = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, HEAD_DIM)[None, :]
-    w_q = _load_weight(weight, head, 0, HEAD_DIM)  # [HEAD_DIM, HEAD_DIM]
-    w_k = _load_weight(weight, head, 1, HEAD_DIM)
-    w_v = _load_weight(weight, head, 2, HEAD_DIM)
     b_q = _load_bias(bias, head, 0, HEAD_DIM, BIAS)  # [1, HEAD_DIM]
     b_k = _load_bias(bias, head, 1, HEAD_DIM, BIAS)
     b_v = _load_bias(bias, head, 2, HEAD_DIM, BIAS)
@@ -157,31 +159,36 @@ def qkv_attention_backward(
         at, exists = _positions(tile, row, positions, frames, inner, head, do_outer, do_frame,
                                 do_inner, HEAD_DIM, FRAMES, ALIGNED, ROWS)  # fmt: skip
         b_do = tl.load(do + at + i, mask=exists, other=0)  # [ROWS, HEAD_DIM]
+        # Loaded for each tile, from a cache: registers have no room for the maps besides the sums.
+        w_q = _load_weight(weight, head, 0, HEAD_DIM)  # [HEAD_DIM, HEAD_DIM]
+        w_k = _load_weight(weight, head, 1, HEAD_DIM)
+        w_v = _load_weight(weight, head, 2, HEAD_DIM)
         q, k, v = _project(b_x, w_q, b_q), _project(b_x, w_k, b_k), _project(b_x, w_v, b_v)
-        weights, factor = _weights(q, k, count, kernel_size, zeros, scale)
-        p = weights * factor[:, None]  # [ROWS, ROWS]
-        dv = _weighted_sum(tl.trans(p), b_do, tl.trans(meets), PARTS).to(b_x.dtype)
+        weights, absent, total = _weights(q, k, count, kernel_size, zeros, scale)
         dp = tl.where(meets, _dot(b_do, tl.trans(v)), 0.0)  # [ROWS, ROWS]
-        ds = tl.where(meets, scale * p * (dp - tl.sum(p * dp, 1)[:, None]), 0.0)
-        dq = _weighted_sum(ds, k, meets, PARTS).to(b_x.dtype)
+        p, ds = _logit_gradients(weights, absent, total, dp, meets, scale)
+        dv = _weighted_sum(tl.trans(p), b_do, tl.trans(meets), PARTS).to(b_x.dtype)
+        b_dx = _dot(dv, w_v)  # [ROWS, HEAD_DIM]
+        left, right = _halves(dv)  # [HEAD_DIM / 2, ROWS]
+        dw_v0 += _dot(left, b_x)
+        dw_v1 += _dot(right, b_x)
         dk = _weighted_sum(tl.trans(ds), q, tl.trans(meets), PARTS).to(b_x.dtype)
-        b_dx = _dot(dq, w_q) + _dot(dk, w_k) + _dot(dv, w_v)  # [ROWS, HEAD_DIM]
-        at, exists = _positions(tile, row, positions, frames, inner, head, dx_outer, dx_frame,
-                                dx_inner, HEAD_DIM, FRAMES, ALIGNED, ROWS)  # fmt: skip
-        tl.store(dx + at + i, b_dx.to(dx.dtype.element_ty), mask=exists)
-        left, right = _halves(dq)  # [HEAD_DIM / 2, ROWS]
-        dw_q0 += _dot(left, b_x)
-        dw_q1 += _dot(right, b_x)
+        b_dx += _dot(dk, w_k)
         left, right = _halves(dk)
         dw_k0 += _dot(left, b_x)
         dw_k1 += _dot(right, b_x)
-        left, right = _halves(dv)
-        dw_v0 += _dot(left, b_x)
-        dw_v1 += _dot(right, b_x)
+        dq = _weighted_sum(ds, k, meets, PARTS).to(b_x.dtype)
+        b_dx += _dot(dq, w_q)
+        left, right = _halves(dq)
+        dw_q0 += _dot(left, b_x)
+        dw_q1 += _dot(right, b_x)
         if BIAS:
             db_q += tl.sum(dq.to(tl.float32), 0)
             db_k += tl.sum(dk.to(tl.float32), 0)
             db_v += tl.sum(dv.to(tl.float32), 0)
+        at, exists = _positions(tile, row, positions, frames, inner, head, dx_outer, dx_frame,
+                                dx_inner, HEAD_DIM, FRAMES, ALIGNED, ROWS)  # fmt: skip
+        tl.store(dx + at + i, b_dx.to(dx.dtype.element_ty), mask=exists)
     _store_half(partial_weight, dw_q0, program, 0, 0, HEAD_DIM)
     _store_half(partial_weight, dw_q1, program, 0, 1, HEAD_DIM)
     _store_half(partial_weight, dw_k0, program, 1, 0, HEAD_DIM)

@@ -103,7 +103,8 @@ def test_empty_batch(packed: bool, lead: tuple[int, ...], backend: str) -> None:
 def test_same_bits_for_any_number_of_threads(
     packed: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    problem = Problem(lead=(3, 37), dtype=dtype, packed=packed, layout="channels-last")
+    lead = (2, 3) if interpreted() else (3, 37)
+    problem = Problem(lead=lead, dtype=dtype, packed=packed, layout="channels-last")
     runs = []
     for workers in (1, 2, 3, 2):
         torch.manual_seed(1)
