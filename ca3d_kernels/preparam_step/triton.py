@@ -154,7 +154,7 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
             {
                 "chunks": table,
                 "hyper": numbers,
-                "found_inf": numbers.float() if found_inf is None else found_inf,
+                "found_inf": numbers if found_inf is None else found_inf,
             },
             {"CHUNK": CHUNK, "ALIGNED": aligned, **constants},
             num_warps=4,

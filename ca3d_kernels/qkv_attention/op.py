@@ -28,15 +28,15 @@ def limit(x: Tensor, weight: Tensor, options: Options) -> str | None:
     Example:
         >>> x = torch.empty(1, 40, 9, 32, dtype=torch.float16)
         >>> limit(x, torch.empty(2, 48, 16), Options())
-        '40 frames are more than 32'
+        '40 frames are more than 16'
     """
     head_dim, frames = weight.shape[-1], x.shape[1]
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {x.dtype} is not float16 or bfloat16"
     if head_dim not in (16, 32, 64):
         return f"head_dim {head_dim} is not 16, 32 or 64"
-    if frames > 32:
-        return f"{frames} frames are more than 32"
+    if frames > 16:
+        return f"{frames} frames are more than 16"
     if options.key_table:
         return "there is a key table"
     if x.shape[0] * x.shape[2] >= 2**31 - 64:

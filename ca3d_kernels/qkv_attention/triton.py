@@ -11,8 +11,9 @@ from ca3d_kernels.qkv_attention import triton_kernels
 from ca3d_kernels.qkv_attention.op import limit
 from ca3d_kernels.triton_launch import Launch
 
-ROWS = 32
 _PARTS = {torch.float16: 2, torch.bfloat16: 3}
+# Rows of a tile and warps of a program: what fits into registers.
+_ROWS = {"qkv_attention_forward": 32, "qkv_attention_backward": 16}
 _WARPS = {"qkv_attention_forward": 4, "qkv_attention_backward": 8}
 # A program loads its head's weights once: few programs for each head, but enough for a large GPU.
 _PROGRAMS_PER_HEAD = {"qkv_attention_forward": 256, "qkv_attention_backward": 64}
@@ -30,7 +31,7 @@ def _launch(
         raise UnsupportedInputError("the GPU is older than sm_80")
     frame_rows = power_of_two(x.shape[1])
     positions = x.shape[0] * x.shape[2]
-    tiles = -(-positions // (ROWS // frame_rows))
+    tiles = -(-positions // (_ROWS[kernel] // frame_rows))
     strides = {
         f"{name}_{dim}": stride
         for name, image in images.items()
@@ -52,7 +53,7 @@ def _launch(
     constants = {
         "HEAD_DIM": head_dim,
         "FRAMES": frame_rows,
-        "ROWS": ROWS,
+        "ROWS": _ROWS[kernel],
         "ALIGNED": triton_launch.alignment(*images.values()),
         "PARTS": _PARTS[x.dtype],
         "BIAS": "bias" in others,
@@ -61,7 +62,7 @@ def _launch(
     tensors.setdefault("bias", weight)
     function = getattr(triton_kernels, kernel)
     ordered = {name: tensors[name] for name in function.arg_names if name in tensors}
-    programs = heads * min(tiles, _PROGRAMS_PER_HEAD[kernel])
+    programs = heads * min(positions, _PROGRAMS_PER_HEAD[kernel])
     arguments = {**ordered, **strides, **numbers}
     return Launch(function, programs, arguments, constants, _WARPS[kernel])
 
@@ -78,7 +79,7 @@ def forward_launch(
         >>> x = torch.empty(2, 8, 196, 256, dtype=torch.float16, device="meta")
         >>> w = torch.empty(4, 192, 64, dtype=torch.float16, device="meta")
         >>> forward_launch(x, w, None, x, Options()).programs
-        392
+        1024
     """
     others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     return _launch("qkv_attention_forward", {"x": x, "o": o}, others, options)
@@ -102,8 +103,8 @@ def backward_launch(
         torch.Size([64, 4, 192, 64])
     """
     heads, _, head_dim = weight.shape
-    tiles = -(-x.shape[0] * x.shape[2] // (ROWS // power_of_two(min(x.shape[1], ROWS))))
-    shares = min(tiles, _PROGRAMS_PER_HEAD["qkv_attention_backward"])
+    # No more shares than tiles; a tile holds at least one position.
+    shares = min(x.shape[0] * x.shape[2], _PROGRAMS_PER_HEAD["qkv_attention_backward"])
     partial = x.new_empty((shares, heads, 3 * head_dim, head_dim), dtype=torch.float32)
     partial_bias = x.new_empty((shares, heads, 3 * head_dim), dtype=torch.float32)
     others = {"weight": weight, "partial_weight": partial, "partial_bias": partial_bias}
