@@ -74,7 +74,7 @@ _MEANINGS = {
     "zeros": "1 if slots outside the clip take part with logit 0 and value 0",
     "scale": "factor of the logits",
     "chunks": "rows of 5: addresses of the chunk's w, gradient, theta and momentum, and how many "
-    "elements it has (at most 2048)",
+    "elements it has (at most 4096)",
     "hyper": "lr, momentum, 1 - dampening, weight decay, c and k",
     "found_inf": "set to 1 by the search; a step with it does nothing unless it is 0",
 }
@@ -107,6 +107,8 @@ def describe(launch: Launch, types: Mapping[str, str]) -> list[dict[str, Any]]:
             entry["dtype"] = str(value.dtype).removeprefix("torch.")
             entry["shape"] = list(value.shape)
             entry["strides"] = list(value.stride())
+            if launch.contents and name in launch.contents:
+                entry["contents"] = launch.contents[name].flatten().tolist()
         else:
             entry["value"] = value
         parameters.append(entry)

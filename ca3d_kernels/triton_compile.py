@@ -100,7 +100,7 @@ def compile_for(launch: Launch, arch: str) -> Any:
         constexprs=launch.constants,
         attrs={(i,): aligned for i, kind in enumerate(types.values()) if kind.startswith("*")},
     )
-    options = {"num_warps": launch.num_warps, **launch.options}
+    options = {"num_warps": launch.num_warps, **(launch.options or {})}
     return triton.compile(source, target=target(arch), options=options)
 
 

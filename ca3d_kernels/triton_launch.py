@@ -32,6 +32,7 @@ class Launch(NamedTuple):
         num_warps: of 32 threads, in each program.
         reached: tensors that the kernel reaches through addresses in other tensors.
         options: further options of the compiler.
+        contents: what tables hold that are arguments, on the CPU.
     """
 
     kernel: Any
@@ -40,7 +41,8 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     reached: tuple[Tensor, ...] = ()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] | None = None
+    contents: dict[str, Tensor] | None = None
 
 
 def run(launch: Launch) -> None:
@@ -55,7 +57,7 @@ def run(launch: Launch) -> None:
         launch.kernel[(launch.programs,)](
             **launch.arguments,
             **launch.constants,
-            **launch.options,
+            **(launch.options or {}),
             num_warps=launch.num_warps,
         )
 

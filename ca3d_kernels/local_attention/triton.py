@@ -12,6 +12,7 @@ from ca3d_kernels.local_attention import triton_kernels
 from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.triton_launch import Launch
 
+_CPU = torch.device("cpu")
 # Numbers of the operand's dtype that hold a float32 weight; 1 multiplies in float32.
 _PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -174,7 +175,12 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     arguments = {**operands, "key_counts": q if counts is None else counts, **strides, **numbers}
     function = getattr(triton_kernels, kernel)
     num_warps = cut.rows // 8 * (2 if head_dim > 64 else 1) * (2 if parts == 1 else 1)
-    return Launch(function, blocks * groups, arguments, constants, num_warps)
+    contents = None
+    if table and q.is_meta:
+        contents = {"key_counts": _key_counts(tuple(table), heads, options.kernel_size, _CPU)}
+    return Launch(
+        function, blocks * groups, arguments, constants, num_warps, contents=contents
+    )
 
 
 def forward_launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options) -> Launch:

@@ -18,6 +18,17 @@ its halo, read to be met but not written.
 import triton
 import triton.language as tl
 
+# Arguments whose values Triton would otherwise compile anew for: ALIGNED says what matters of them.
+RUN_TIME = [
+    "sequences", "heads", "inner", "frames", "blocks", "kernel_size", "dilation", "before", "shift",
+    "zeros", "scale",
+]  # fmt: skip
+RUN_TIME += [
+    f"{operand}_{dim}"
+    for operand in ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+    for dim in ("outer", "inner", "head", "frame")
+]
+
 
 @triton.jit
 def _dot(a, b):
@@ -49,10 +60,11 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
             part = rest.to(x.dtype)
             total += _dot(part, clean)
         total *= unit
-    if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
+    if tl.min(tl.min(finite.to(tl.float32), 1), 0) == 0:
         # NaN counts as both infinities, whose sum is NaN.
-        high = _dot(meets.to(x.dtype), tl.where(wide > 0, ~finite, wide != wide).to(x.dtype))
-        low = _dot(meets.to(x.dtype), tl.where(wide < 0, ~finite, wide != wide).to(x.dtype))
+        bad = tl.where(finite, 0.0, 1.0)
+        high = _dot(meets.to(x.dtype), tl.where(wide < 0, 0.0, bad).to(x.dtype))
+        low = _dot(meets.to(x.dtype), tl.where(wide > 0, 0.0, bad).to(x.dtype))
         total += tl.where(high > 0, float("inf"), 0.0) - tl.where(low > 0, float("inf"), 0.0)
     return total
 
@@ -154,8 +166,7 @@ def _logit_gradients(weights, absent, total, dp, meets, scale):
     return p, tl.where(meets, scale * p * (dp - mean[:, None]), 0.0)
 
 
-@triton.jit(do_not_specialize=["sequences", "heads", "inner", "frames", "blocks", "kernel_size",
-                               "dilation", "before", "shift", "zeros", "scale"])  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def attention_forward(
     q, k, v, o, key_counts,
     q_outer: tl.int64, q_inner: tl.int64, q_head: tl.int64, q_frame: tl.int64,
@@ -195,8 +206,7 @@ def attention_forward(
     tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["sequences", "heads", "inner", "frames", "blocks", "kernel_size",
-                               "dilation", "before", "shift", "zeros", "scale"])  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def attention_backward(
     q, k, v, do, dq, dk, dv, key_counts,
     q_outer: tl.int64, q_inner: tl.int64, q_head: tl.int64, q_frame: tl.int64,

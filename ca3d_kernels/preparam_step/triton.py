@@ -14,7 +14,7 @@ from ca3d_kernels.preparam_step.cpu import is_dense
 from ca3d_kernels.preparam_step.op import Batch
 from ca3d_kernels.triton_launch import Launch
 
-CHUNK = 2048  # elements that a program steps
+CHUNK = 4096  # elements that a program steps
 _TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -40,7 +40,7 @@ def chunk_table(
     Example:
         >>> w = [torch.zeros(5000), torch.zeros(3)]
         >>> chunk_table([w] * 4, [5000, 3], torch.device("cpu"))[:, 4].tolist()
-        [2048, 2048, 904, 3]
+        [4096, 904, 3]
     """
     size = torch.tensor(sizes, dtype=torch.int64)
     chunks = (size + CHUNK - 1) // CHUNK
@@ -138,7 +138,7 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
         >>> w = [torch.zeros(5000), torch.zeros(3)]
         >>> batch = Batch(w, w, w, [], Hyperparameters(lr=0.1), 128.0, 128.0)
         >>> [launch.programs for launch in launches(batch, None)]
-        [4]
+        [3]
     """
     constants = _constants(batch)
     numbers = _numbers(batch)

@@ -86,7 +86,7 @@ def _not_finite(
     )
     new_w, new_theta, new_m = new_w.to(REAL), new_theta.to(REAL), new_m.to(REAL)
     finite = (new_w - new_w == 0) & (new_theta - new_theta == 0) & (new_m - new_m == 0)
-    return tl.max((inside & ~finite).to(tl.int32), 0)
+    return tl.max((inside & ~finite).to(tl.float32), 0)
 
 
 @triton.jit

@@ -16,6 +16,15 @@ from ca3d_kernels.local_attention.triton_kernels import (
     _weights,
 )
 
+# Arguments whose values Triton would otherwise compile anew for: ALIGNED says what matters of them.
+RUN_TIME = [
+    "positions", "heads", "inner", "frames", "tiles", "kernel_size", "dilation", "before", "shift",
+    "zeros", "scale",
+]  # fmt: skip
+RUN_TIME += [
+    f"{image}_{dim}" for image in ("x", "o", "do", "dx") for dim in ("outer", "frame", "inner")
+]
+
 
 @triton.jit
 def _multiplicity(
@@ -67,8 +76,7 @@ def _positions(tile, row, positions, frames, inner, head, outer_stride, frame_st
     return tl.multiple_of(offset, [ALIGNED, ALIGNED]), (position < positions) & (frame < frames)
 
 
-@triton.jit(do_not_specialize=["positions", "heads", "inner", "frames", "tiles", "kernel_size",
-                               "dilation", "before", "shift", "zeros", "scale"])  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def qkv_attention_forward(
     x, weight, bias, o,
     x_outer: tl.int64, x_frame: tl.int64, x_inner: tl.int64,
@@ -119,8 +127,7 @@ def _store_half(partial, value, program, part: tl.constexpr, half: tl.constexpr,
     tl.store(partial + ((program * 3 + part) * HEAD_DIM + out) * HEAD_DIM + i, value)
 
 
-@triton.jit(do_not_specialize=["positions", "heads", "inner", "frames", "tiles", "kernel_size",
-                               "dilation", "before", "shift", "zeros", "scale"])  # fmt: skip
+@triton.jit(do_not_specialize=RUN_TIME)
 def qkv_attention_backward(
     x, weight, bias, do, dx, partial_weight, partial_bias,
     x_outer: tl.int64, x_frame: tl.int64, x_inner: tl.int64,
