@@ -25,7 +25,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_MEMORY = ("LDG", "STG", "LDL", "STL", "ATOMG", "RED", "LDS", "STS")
+_MEMORY = ("LDG", "LDGSTS", "STG", "LDL", "STL", "ATOMG", "RED", "LDS", "STS")
 
 
 class Resources(NamedTuple):

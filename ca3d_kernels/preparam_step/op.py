@@ -174,6 +174,21 @@ def step(batch: Batch, found_inf: Tensor | None = None) -> None:
         )
 
 
+def is_asynchronous(batch: Batch) -> bool:
+    """Whether the chosen kernels leave a flag on the device and obey it there.
+
+    A step that is skipped then takes no wait on the CPU.
+
+    Example:
+        >>> w = [torch.zeros(3)]
+        >>> is_asynchronous(Batch(w, w, w, [], Hyperparameters(lr=0.25), 128.0, 128.0))
+        False
+    """
+    device = batch.params[0].device.type
+    chosen = backends.choose("preparam_step", device, batch.backend)[0]
+    return getattr(chosen.load(), "asynchronous", False)
+
+
 def overflows(batch: Batch) -> Tensor:
     """1 if stepping a checked batch would store a value that isn't finite, or a gradient holds one.
 

@@ -144,7 +144,8 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
     numbers = _numbers(batch)
     kernel = triton_kernels.preparam_sgd_step
     if overflows:
-        kernel = triton_kernels.preparam_sgd_overflows
+        assert found_inf is not None
+        kernel, found_inf = triton_kernels.preparam_sgd_overflows, found_inf.view(torch.int32)
     else:
         constants["PREDICATED"] = found_inf is not None
     return [
@@ -167,6 +168,8 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
 
 class TritonKernels:
     """Runs the Triton kernels; see `op.Kernels`."""
+
+    asynchronous = True
 
     def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
         """Writes the new theta, momentum and w of every tensor, on the device alone."""

@@ -145,4 +145,5 @@ def preparam_sgd_overflows(
             PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
         )  # fmt: skip
     if found > 0:
-        tl.atomic_xchg(found_inf, 1.0)
+        # The bits of 1.0: only integers have an atomic "or".
+        tl.atomic_or(found_inf, 0x3F800000)
