@@ -169,7 +169,7 @@ def _dump_kernels(arch: str, out: Path, problem: str | None) -> int:
             pairs = [pair.split("=") for pair in problem.split(",")]
             if any(len(pair) != 2 for pair in pairs):
                 raise ValueError(f"--problem must be KEY=VALUE,..., got {problem!r}")
-            changes = {key: value for key, value in pairs}
+            changes = dict(pairs)
         files = dump(arch, out, changes)
     except (ValueError, ImportError) as error:
         print(f"dump-kernels: {error}", file=sys.stderr)

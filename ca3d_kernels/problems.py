@@ -183,7 +183,7 @@ def options(values: Mapping[str, Any]) -> Options:
         >>> options(DEFAULTS["local_attention"]).kernel_size
         5
     """
-    table = ()
+    table: tuple[int, ...] = ()
     if values.get("published"):
         rows = published_key_table(values["heads"], values["kernel_size"])
         table = tuple(x for row in rows for pair in row for x in pair)
@@ -226,7 +226,7 @@ def _attention(values: Mapping[str, Any], device: torch.device) -> list[Launch]:
 def _qkv(values: Mapping[str, Any], device: torch.device) -> list[Launch]:
     heads, head_dim = values["heads"], values["head_dim"]
     shape = (values["batch"], values["frames"], values["positions"], heads * head_dim)
-    like = {"dtype": DTYPES[values["dtype"]], "device": device}
+    like: dict[str, Any] = {"dtype": DTYPES[values["dtype"]], "device": device}
     x, o = (torch.empty(shape, **like) for _ in range(2))
     weight = torch.empty(heads, 3 * head_dim, head_dim, **like)
     bias = torch.empty(heads, 3 * head_dim, **like)

@@ -86,6 +86,7 @@ def label(launch: Launch) -> str:
 
 
 def compiled_rows() -> Iterator[str]:
+    """Registers, memory and accesses of every kernel on every architecture, as a table."""
     yield "| kernel | problem | GPU | registers | shared bytes | spills | 128-bit loads + stores, "
     yield "other widths | warps a multiprocessor (of) |\n|---|---|---|---|---|---|---|---|\n"
     for case in problems.cases():
@@ -116,6 +117,7 @@ def small(case: Case) -> Case:
 
 
 def traffic_rows() -> Iterator[str]:
+    """What the PTX asks memory for, as a table."""
     yield "| kernel | problem | bytes asked for / minimum | 32-byte sectors x 32 / minimum |\n"
     yield "|---|---|---|---|\n"
     for case in map(small, problems.cases()):
@@ -133,6 +135,7 @@ def traffic_rows() -> Iterator[str]:
 
 
 def roofline_rows() -> Iterator[str]:
+    """Times that no kernel can beat, as a table."""
     yield "| kernel | problem | minimum MB | " + " | ".join(f"{d}, us" for d in DEVICES) + " |\n"
     yield "|---|---|---|" + "---|" * len(DEVICES) + "\n"
     for case in problems.cases():
@@ -176,6 +179,7 @@ its operands are in a cache), and no claim is made how near these come.
 
 
 def main() -> None:
+    """Writes the file."""
     machine = f"{platform.system()} {platform.machine()}"
     introduction = INTRODUCTION.format(
         triton=version("triton"), machine=machine, date=time.strftime("%Y-%m-%d")

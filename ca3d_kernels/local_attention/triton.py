@@ -178,9 +178,7 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     contents = None
     if table and q.is_meta:
         contents = {"key_counts": _key_counts(tuple(table), heads, options.kernel_size, _CPU)}
-    return Launch(
-        function, blocks * groups, arguments, constants, num_warps, contents=contents
-    )
+    return Launch(function, blocks * groups, arguments, constants, num_warps, contents=contents)
 
 
 def forward_launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options) -> Launch:

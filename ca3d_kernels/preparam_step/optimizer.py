@@ -381,8 +381,11 @@ class PreParamSGD(Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"skip_nonfinite": self.skip_nonfinite, "backend": self.backend}
-        own["_skipped"] = self.skipped_steps
+        own = {
+            "skip_nonfinite": self.skip_nonfinite,
+            "backend": self.backend,
+            "_skipped": self.skipped_steps,
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def _stepped(
         update = d + b_m * momentum if NESTEROV else b_m
     new_theta = _rounded(b_theta - update * lr, PRE_PARAM, ROUNDING)
     new_m = _rounded(b_m, PRE_PARAM, ROUNDING) if MOMENTUM else new_theta
-    if REAL == tl.float64:
+    if REAL == tl.float64:  # noqa: SIM300
         new_w = (new_theta.to(REAL) / scale).to(PARAM)
     else:
         new_w = tl.math.div_rn(new_theta.to(REAL), tl.zeros_like(b_theta) + scale).to(PARAM)
@@ -98,7 +98,8 @@ def preparam_sgd_step(
     PREDICATED: tl.constexpr,
 ):  # fmt: skip
     """Writes the new theta, momentum and w of a chunk, unless PREDICATED and found_inf isn't 0."""
-    if PREDICATED:
+    # Two conditions: the compiler must not look at found_inf otherwise.
+    if PREDICATED:  # noqa: SIM102
         if tl.load(found_inf) != 0:
             return
     w = _address(chunks, 0, PARAM, ALIGNED)

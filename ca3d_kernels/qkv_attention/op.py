@@ -185,7 +185,8 @@ torch.library.register_fake(
 
 def _define(tensors: tuple[Tensor | None, ...], options: Options) -> Tensor:
     x, weight, bias = tensors
-    assert x is not None and weight is not None
+    assert x is not None
+    assert weight is not None
     return reference.qkv_attention(x, weight, bias, **options.definition())
 
 

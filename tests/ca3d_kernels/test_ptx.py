@@ -40,8 +40,8 @@ def assert_close(ours: Tensor, exact: Tensor, same_dtype: Tensor, name: str) -> 
 
 
 def attention_tensors(values: dict[str, Any]) -> tuple[Tensor, ...]:
-    q, k, v, o, gradient = problems.attention_operands(values, torch.device("cpu"))
-    packed = shared(torch.randn(q.shape[:3] + (3,) + q.shape[3:]).to(q.dtype))
+    q, _, _, o, gradient = problems.attention_operands(values, torch.device("cpu"))
+    packed = shared(torch.randn((*q.shape[:3], 3, *q.shape[3:])).to(q.dtype))
     packed = shared(packed.permute(0, 4, 1, 2, 3, 5).contiguous().permute(0, 2, 3, 4, 1, 5))
     gradient = shared(torch.full_like(gradient, torch.nan))
     grad = shared(torch.empty_like(o).copy_(torch.randn(o.shape)))
@@ -77,9 +77,12 @@ def test_local_attention(name: str, arch: str) -> None:
             assert isinstance(counts, Tensor)
             launch.arguments["key_counts"] = shared(counts)
     exact, same = [
-        (reference.attention(*x[:3], **definition), *reference.attention_backward(x[3], *x[:3], **definition))
-        for x in ([t.double() for t in (q, k, v, grad)], (q, k, v, grad))
-    ]  # fmt: skip
+        (
+            reference.attention(*operands, **definition),
+            *reference.attention_backward(do, *operands, **definition),
+        )
+        for *operands, do in ([t.double() for t in (q, k, v, grad)], (q, k, v, grad))
+    ]
     results = []
     for order in ORDERS:
         run(forward, arch, order)
@@ -193,5 +196,3 @@ def test_traffic_of_the_step() -> None:
         traffic = run(launch, "sm_90")
         print(launch.kernel.__name__, traffic, traffic.bytes / 16384)
         assert 32 * traffic.sectors <= 1.1 * per_element * 16384
-
-

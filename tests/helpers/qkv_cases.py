@@ -26,9 +26,7 @@ class Case:
     sliced: bool = False
 
     def options(self, backend: str) -> Options:
-        return Options(
-            self.kernel_size, self.dilation, self.causal, None, self.edge, (), backend
-        )
+        return Options(self.kernel_size, self.dilation, self.causal, None, self.edge, (), backend)
 
     def tensors(
         self, dtype: torch.dtype, device: str = "cpu"
