@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import assert_rounded
-from ptx_runner import ORDERS, needs_ptx_runner, run
+from ptx_runner import ORDERS, needs_ptx_runner, races, run
 from torch import Tensor
 
 from ca3d_kernels.local_attention import reference
@@ -62,8 +62,11 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ATTENTION)
+PAIRS = [(name, "sm_90") for name in ATTENTION]
+PAIRS += [(name, arch) for name in ("stage 1", "bfloat16") for arch in ("sm_80", "sm_120")]
+
+
+@pytest.mark.parametrize(("name", "arch"), PAIRS)
 def test_local_attention(name: str, arch: str) -> None:
     values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 3, **ATTENTION[name]}
     q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
@@ -97,8 +100,9 @@ def test_local_attention(name: str, arch: str) -> None:
             assert_rounded(what, x, y)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("dtype", "arch"), [("float16", arch) for arch in ARCHS] + [("bfloat16", "sm_90")]
+)
 def test_qkv_attention(arch: str, dtype: str) -> None:
     values = {**problems.DEFAULTS["qkv_attention"], "heads": 2, "frames": 7}
     kind, head_dim = problems.DTYPES[dtype], values["head_dim"]
@@ -130,8 +134,10 @@ def test_qkv_attention(arch: str, dtype: str) -> None:
         assert_close(a, b, c, what)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [("float16", arch) for arch in ARCHS] + [("bfloat16", "sm_90"), ("float32", "sm_90")],
+)
 def test_preparam_step(dtype: str, arch: str) -> None:
     values = {**problems.DEFAULTS["preparam_step"], "dtype": dtype, "pre_param_dtype": dtype}
     values |= {"small_tensors": 3, "small_size": 37, "large_tensors": 1, "large_size": 5001}
@@ -166,6 +172,15 @@ def test_preparam_step(dtype: str, arch: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(batch.params, before, strict=True))
 
 
+def test_no_races() -> None:
+    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 1, "heads": 3}
+    q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
+    options = problems.options(values)
+    assert races(attention.forward_launch(q, k, v, o, options), "sm_90") == ""
+    backward = attention.backward_launch(grad, q, k, v, dq, dk, dv, options)
+    assert races(backward, "sm_90") == ""
+
+
 def test_traffic_of_attention() -> None:
     """Each operand is read once, in full sectors, and each result written once."""
     values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 8}
@@ -193,6 +208,6 @@ def test_traffic_of_the_step() -> None:
             table = launch.arguments[name]
             assert isinstance(table, Tensor)
             launch.arguments[name] = shared(table)
+        # Not bytes: a number that all threads read is one sector, but counted once a thread.
         traffic = run(launch, "sm_90")
-        print(launch.kernel.__name__, traffic, traffic.bytes / 16384)
         assert 32 * traffic.sectors <= 1.1 * per_element * 16384

@@ -4,6 +4,7 @@ The tool translates PTX to C++; it checks every address, counts bytes and 32-byt
 takes the threads of a block in a chosen order.
 """
 
+import ctypes
 import functools
 import importlib
 import multiprocessing
@@ -11,6 +12,7 @@ import os
 import sys
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -57,6 +59,31 @@ def _run(ptx: str, entry: str, launch: Launch, shared: int, order: int) -> dict[
         dyn=shared, order=order, stats=1,
     )  # fmt: skip
     return statistics
+
+
+def races(launch: Launch, arch: str) -> str:
+    """What the thread sanitizer says about a launch on CPU tensors; nothing if all is well.
+
+    The tensors are copied and results are lost.
+    """
+    from ca3d_kernels.triton_compile import compile_for
+
+    compiled = compile_for(launch, arch)
+    entry = compiled.metadata.name
+    program = _tool().Exe(compiled.asm["ptx"], only=entry, san="thread")
+    arguments: list[Any] = []
+    for value in launch.arguments.values():
+        if isinstance(value, Tensor):
+            address, size, _ = _memory(value)
+            copied = bytearray(ctypes.string_at(address, size))
+            arguments.append(np.frombuffer(copied, np.uint8))
+        else:
+            arguments.append(value)
+    code, text = program.run(
+        entry, (launch.programs,), (32 * launch.num_warps,), [*arguments, 0, 0],
+        dyn=compiled.metadata.shared,
+    )  # fmt: skip
+    return text if code != 0 or "ThreadSanitizer" in text else ""
 
 
 def run(launch: Launch, arch: str, order: int = 0, *, results: bool = True) -> Traffic:
