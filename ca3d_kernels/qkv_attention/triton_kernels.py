@@ -37,7 +37,7 @@ def _multiplicity(
     start = t // dilation - before
     if shift:
         length = (frames - t % dilation + dilation - 1) // dilation
-        start = tl.maximum(tl.minimum(start, length - kernel_size), 0)
+        start = tl.minimum(tl.maximum(start, 0), tl.maximum(length - kernel_size, 0))
     slot = s // dilation - start
     return (exists & (slot >= 0) & (slot < kernel_size)).to(tl.float32)
 
