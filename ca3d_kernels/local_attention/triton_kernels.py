@@ -18,6 +18,8 @@ its halo, read to be met but not written.
 import triton
 import triton.language as tl
 
+from ca3d_kernels.triton_numbers import infinity, is_negative, magnitude
+
 # Arguments whose values Triton would otherwise compile anew for: ALIGNED says what matters of them.
 RUN_TIME = [
     "sequences", "heads", "inner", "frames", "blocks", "kernel_size", "dilation", "before", "shift",
@@ -44,16 +46,14 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
     products with x are exact: 2 keep 22 bits in float16, 3 keep 24 in bfloat16. A row of x that
     isn't finite reaches only the rows that it `meets`: 0 * inf would spread it over the tile.
     """
-    wide = x.to(tl.float32)
-    finite = wide - wide == 0
-    clean = tl.where(finite, wide, 0.0)  # [K, N]
+    finite = magnitude(x) < infinity(x.dtype)
+    clean = tl.where(finite, x, 0.0)  # [K, N]
     if PARTS == 1:
         total = _dot(weights, clean)
     else:
         unit = tl.maximum(tl.max(tl.abs(weights), 1), 1e-30)[:, None]
         rest = weights / unit  # [M, K]
         part = rest.to(x.dtype)
-        clean = clean.to(x.dtype)
         total = _dot(part, clean)  # [M, N]
         for _ in tl.static_range(PARTS - 1):
             rest -= part.to(tl.float32)
@@ -62,9 +62,10 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
         total *= unit
     if tl.min(tl.min(finite.to(tl.float32), 1), 0) == 0:
         # NaN counts as both infinities, whose sum is NaN.
-        bad = tl.where(finite, 0.0, 1.0)
-        high = _dot(meets.to(x.dtype), tl.where(wide < 0, 0.0, bad).to(x.dtype))
-        low = _dot(meets.to(x.dtype), tl.where(wide > 0, 0.0, bad).to(x.dtype))
+        nan = magnitude(x) > infinity(x.dtype)
+        negative = is_negative(x)
+        high = _dot(meets.to(x.dtype), (~finite & (nan | ~negative)).to(x.dtype))
+        low = _dot(meets.to(x.dtype), (~finite & (nan | negative)).to(x.dtype))
         total += tl.where(high > 0, float("inf"), 0.0) - tl.where(low > 0, float("inf"), 0.0)
     return total
 

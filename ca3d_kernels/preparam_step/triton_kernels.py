@@ -11,6 +11,8 @@ forbids fused multiply-adds), theta is rounded to its storage before w is comput
 import triton
 import triton.language as tl
 
+from ca3d_kernels.triton_numbers import infinity, magnitude
+
 # Elements that are moved one by one at the end of a chunk are fewer than these.
 _STEP = tl.constexpr(16)
 
@@ -84,8 +86,9 @@ def _not_finite(
     new_w, new_theta, new_m = _stepped(
         w, g, theta, m, i, inside, hyper, PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING
     )
-    new_w, new_theta, new_m = new_w.to(REAL), new_theta.to(REAL), new_m.to(REAL)
-    finite = (new_w - new_w == 0) & (new_theta - new_theta == 0) & (new_m - new_m == 0)
+    finite = magnitude(new_w) < infinity(PARAM)
+    finite &= magnitude(new_theta) < infinity(PRE_PARAM)
+    finite &= magnitude(new_m) < infinity(PRE_PARAM)
     return tl.max((inside & ~finite).to(tl.float32), 0)
 
 
