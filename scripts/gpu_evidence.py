@@ -170,6 +170,8 @@ once a thread in the bytes, though it moves one sector: the step's table and num
 Clips longer than a tile are read with their halo, most of which a GPU finds in its caches. The
 fused projection is left out: beside its operands, each of its programs reads the 25 KB of its
 head's weights from the L2 cache (forward once, backward for every tile).
+With float32 masters a thread's float32 numbers take two loads, each of half a sector: the sectors
+are counted twice and move once.
 
 """
 SKIPPED = "Left out: CA3D_PTX_RUNNER names no PTX runner.\n"

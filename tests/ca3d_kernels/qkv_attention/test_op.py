@@ -99,3 +99,24 @@ def test_a_layer_on_a_gpu_takes_the_fused_op_when_it_can(
         assert output.shape == x.shape
         assert output.is_contiguous(memory_format=torch.channels_last_3d)
     assert len(calls) == fused
+
+
+@pytest.mark.parametrize("how", ["compile", "export"])
+def test_a_layer_on_a_gpu_in_graphs(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "_missing", lambda: None)
+    monkeypatch.setattr(triton_launch, "_no_gpu", lambda: None)
+    graphs = []
+
+    def keep(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(module.graph)
+        return module.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        layer = LocalTemporalAttention(128, 2, device="cuda", dtype=torch.float16)
+        x = torch.empty(2, 128, 8, 7, 7, device="cuda", dtype=torch.float16)
+        if how == "compile":
+            assert torch.compile(layer, fullgraph=True, backend=keep)(x).shape == x.shape
+        else:
+            graphs.append(torch.export.export(layer, (x,)).graph)
+    assert any("ca3d.qkv_attention" in str(node.target) for node in graphs[0].nodes)
