@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ca3d_kernels.triton_launch import Launch
+from ca3d_kernels.triton_launch import Launch, options_for
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -100,7 +100,7 @@ def compile_for(launch: Launch, arch: str) -> Any:
         constexprs=launch.constants,
         attrs={(i,): aligned for i, kind in enumerate(types.values()) if kind.startswith("*")},
     )
-    options = {"num_warps": launch.num_warps, **(launch.options or {})}
+    options = {"num_warps": launch.num_warps, **options_for(launch, amd=arch.startswith("gfx"))}
     return triton.compile(source, target=target(arch), options=options)
 
 

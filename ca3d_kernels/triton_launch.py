@@ -57,9 +57,20 @@ def run(launch: Launch) -> None:
         launch.kernel[(launch.programs,)](
             **launch.arguments,
             **launch.constants,
-            **(launch.options or {}),
+            **options_for(launch, amd=torch.version.hip is not None),
             num_warps=launch.num_warps,
         )
+
+
+def options_for(launch: Launch, *, amd: bool) -> dict[str, Any]:
+    """The compiler's options of a launch; a limit of registers is for NVIDIA's GPUs.
+
+    Example:
+        >>> options_for(Launch(None, 1, {}, {}, 4, options={"maxnreg": 255}), amd=True)
+        {}
+    """
+    options = launch.options or {}
+    return {key: value for key, value in options.items() if not (amd and key == "maxnreg")}
 
 
 def interpreted() -> bool:

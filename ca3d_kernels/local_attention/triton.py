@@ -178,7 +178,17 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     contents = None
     if table and q.is_meta:
         contents = {"key_counts": _key_counts(tuple(table), heads, options.kernel_size, _CPU)}
-    return Launch(function, blocks * groups, arguments, constants, num_warps, contents=contents)
+    # Without a limit of its own the assembler stops at 128 registers on some GPUs, and spills.
+    limits = {"maxnreg": 255} if "do" in operands and num_warps <= 8 else None
+    return Launch(
+        function,
+        blocks * groups,
+        arguments,
+        constants,
+        num_warps,
+        options=limits,
+        contents=contents,
+    )
 
 
 def forward_launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options) -> Launch:

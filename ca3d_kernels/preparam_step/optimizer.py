@@ -54,7 +54,8 @@ class PreParamSGD(Optimizer):
         compensated: not available yet, must be False.
         pre_param_dtype: dtype of theta and momentum; None is that of w. It may be wider than w's:
             float32 with float16 weights are the classic master weights.
-        backend: "triton", "cpu", "reference" or None for the fastest; see `ca3d_kernels.use_backend`.
+        backend: "triton", "cpu", "reference" or None for the fastest; see
+            `ca3d_kernels.use_backend`.
 
     Raises:
         TypeError: an argument or parameter is of a wrong type or dtype.
