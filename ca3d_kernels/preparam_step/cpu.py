@@ -31,11 +31,13 @@ class NativeKernels:
         self._overflows = native.preparam_sgd_step_overflows
         self._run = native.preparam_run
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
         """See `op.Kernels`.
 
         With a cache, notes how large theta and momentum became, for the next `overflows`.
         """
+        if found_inf is not None and bool(found_inf):
+            return
         if batch.cache is None:
             _call(self._step, batch)
             return
@@ -96,7 +98,7 @@ def _table(batch: Batch) -> "array[int]":
     cache = {} if batch.cache is None else batch.cache
     if cache.get("addresses") != addresses:
         for w in batch.params:
-            if not (w.is_contiguous() or _is_dense(w)):
+            if not is_dense(w):
                 raise backends.UnsupportedInputError(
                     f"a parameter of strides {w.stride()} has gaps"
                 )
@@ -110,8 +112,15 @@ def _table(batch: Batch) -> "array[int]":
     return cache["table"]
 
 
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order."""
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order.
+
+    Example:
+        >>> is_dense(torch.empty(2, 3).t()), is_dense(torch.empty(2, 4)[:, ::2])
+        (True, False)
+    """
+    if x.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
         if stride != expected:
