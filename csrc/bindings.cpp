@@ -12,56 +12,17 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 #include "local_attention/local_attention.h"
 #include "preparam_step/preparam_step.h"
 
-namespace py = pybind11;
+using ca3d::parse_attention;
+using ca3d::parse_dtype;
+using ca3d::parse_rows;
 
 namespace {
-
-ca3d::DType parse_dtype(const std::string& name) {
-  if (name == "float32") return ca3d::DType::kFloat32;
-  if (name == "float64") return ca3d::DType::kFloat64;
-  if (name == "float16") return ca3d::DType::kFloat16;
-  if (name == "bfloat16") return ca3d::DType::kBFloat16;
-  throw std::invalid_argument("dtype '" + name +
-                              "' is not supported; allowed: float32, float64, float16, bfloat16");
-}
-
-// (address, stride of outer, inner, head, frame), strides in elements.
-ca3d::StridedRows parse_rows(const std::array<int64_t, 5>& rows) {
-  return {reinterpret_cast<void*>(rows[0]), rows[1], rows[2], rows[3], rows[4]};
-}
-
-// sizes is (outer, inner, heads, frames, head_dim), window (kernel_size, dilation, causal, edge).
-ca3d::LocalAttentionProblem parse_attention(const std::string& dtype,
-                                            const std::array<int64_t, 5>& sizes,
-                                            const std::array<int64_t, 4>& window, double scale,
-                                            const std::vector<int64_t>& key_table) {
-  if (window[2] != 0 && window[2] != 1) {
-    throw std::invalid_argument("causal must be 0 or 1, got " + std::to_string(window[2]));
-  }
-  if (window[3] < 0 || window[3] > 2) {
-    throw std::invalid_argument("edge must be 0 (truncate), 1 (zero) or 2 (shift), got " +
-                                std::to_string(window[3]));
-  }
-  const size_t expected = static_cast<size_t>(sizes[2]) * static_cast<size_t>(window[0]) * 2;
-  if (!key_table.empty() && key_table.size() != expected) {
-    throw std::invalid_argument("key_table must have heads * kernel_size * 2 entries, got " +
-                                std::to_string(key_table.size()));
-  }
-  return {parse_dtype(dtype),
-          sizes[0],
-          sizes[1],
-          sizes[2],
-          sizes[3],
-          sizes[4],
-          {window[0], window[1], window[2] == 1, static_cast<ca3d::Edge>(window[3])},
-          scale,
-          key_table.empty() ? nullptr : key_table.data()};
-}
 
 void attention_forward(const std::string& dtype, const std::array<int64_t, 5>& sizes,
                        const std::array<int64_t, 4>& window, double scale,
