@@ -21,6 +21,9 @@
 using ca3d::parse_attention;
 using ca3d::parse_dtype;
 using ca3d::parse_rows;
+using ca3d::parse_runs;
+using ca3d::parse_step;
+using ca3d::PreParamTable;
 
 namespace {
 
@@ -47,35 +50,6 @@ void attention_backward(const std::string& dtype, const std::array<int64_t, 5>& 
   ca3d::local_attention_backward(problem, parse_rows(q), parse_rows(k), parse_rows(v),
                                  parse_rows(go), parse_rows(dq), parse_rows(dk), parse_rows(dv),
                                  threads);
-}
-
-// One row (param, grad, pre_param, momentum, count) a tensor: four addresses, momentum 0 for none.
-using PreParamTable = py::array_t<int64_t, py::array::c_style>;
-
-std::vector<ca3d::PreParamRun> parse_runs(const PreParamTable& table) {
-  if (table.ndim() != 1 || table.size() % 5 != 0) {
-    throw std::invalid_argument("table must be flat, with 5 numbers a tensor");
-  }
-  std::vector<ca3d::PreParamRun> runs;
-  for (const int64_t *row = table.data(), *end = row + table.size(); row != end; row += 5) {
-    runs.push_back({reinterpret_cast<void*>(row[0]), reinterpret_cast<const void*>(row[1]),
-                    reinterpret_cast<void*>(row[2]), reinterpret_cast<void*>(row[3]), row[4]});
-  }
-  return runs;
-}
-
-// hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale).
-ca3d::PreParamStep parse_step(const std::string& param, const std::string& pre_param,
-                              const std::array<double, 6>& hyper, bool nesterov,
-                              const std::string& rounding) {
-  if (rounding != "nearest") {
-    throw std::invalid_argument("rounding '" + rounding + "' is not supported; allowed: nearest");
-  }
-  return {parse_dtype(param), parse_dtype(pre_param),
-          hyper[0],           hyper[1],
-          hyper[2],           hyper[3],
-          hyper[4],           hyper[5],
-          nesterov,           ca3d::Rounding::kNearest};
 }
 
 template <auto kFunction>

@@ -1,6 +1,7 @@
 // What Python passes, as the kernels want it. Shared by the modules of CPU and CUDA kernels.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -11,6 +12,7 @@
 #include "common/dtype.h"
 #include "common/strided.h"
 #include "local_attention/local_attention.h"
+#include "preparam_step/preparam_step.h"
 
 namespace py = pybind11;
 
@@ -56,6 +58,35 @@ inline LocalAttentionProblem parse_attention(const std::string& dtype,
           {window[0], window[1], window[2] == 1, static_cast<Edge>(window[3])},
           scale,
           key_table.empty() ? nullptr : key_table.data()};
+}
+
+// One row (param, grad, pre_param, momentum, count) a tensor: four addresses, momentum 0 for none.
+using PreParamTable = py::array_t<int64_t, py::array::c_style>;
+
+inline std::vector<PreParamRun> parse_runs(const PreParamTable& table) {
+  if (table.ndim() != 1 || table.size() % 5 != 0) {
+    throw std::invalid_argument("table must be flat, with 5 numbers a tensor");
+  }
+  std::vector<PreParamRun> runs;
+  for (const int64_t *row = table.data(), *end = row + table.size(); row != end; row += 5) {
+    runs.push_back({reinterpret_cast<void*>(row[0]), reinterpret_cast<const void*>(row[1]),
+                    reinterpret_cast<void*>(row[2]), reinterpret_cast<void*>(row[3]), row[4]});
+  }
+  return runs;
+}
+
+// hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale).
+inline PreParamStep parse_step(const std::string& param, const std::string& pre_param,
+                              const std::array<double, 6>& hyper, bool nesterov,
+                              const std::string& rounding) {
+  if (rounding != "nearest") {
+    throw std::invalid_argument("rounding '" + rounding + "' is not supported; allowed: nearest");
+  }
+  return {parse_dtype(param), parse_dtype(pre_param),
+          hyper[0],           hyper[1],
+          hyper[2],           hyper[3],
+          hyper[4],           hyper[5],
+          nesterov,           Rounding::kNearest};
 }
 
 }  // namespace ca3d

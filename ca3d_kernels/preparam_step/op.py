@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ca3d_kernels import backends
+from ca3d_kernels import backends, cuda
 from ca3d_kernels.preparam_step.mapping import PreParamMapping
 from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped, stepped
 
@@ -112,10 +112,19 @@ def _cpu_unavailable(device: str) -> str | None:
     return backends.native_lacks("preparam_sgd_step", "preparam_sgd_step_overflows")
 
 
+def _load_cuda() -> Kernels:
+    from ca3d_kernels.preparam_step.cuda import CudaKernels
+
+    return CudaKernels(cuda.library())
+
+
 backends.register(
     "preparam_step", backends.Implementation("reference", ReferenceKernels, lambda device: None)
 )
 backends.register("preparam_step", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
+backends.register(
+    "preparam_step", backends.Implementation("cuda", _load_cuda, cuda.unavailable)
+)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

@@ -51,11 +51,12 @@ union Vector {
   Stored element[kVectorWidth<Stored>];
 };
 
-// Reads kWidth elements: one, or whole vectors from an address that is a multiple of 16.
+// Copies kWidth elements from or to memory: one, or whole vectors at an address that is a multiple
+// of 16.
 template <int kWidth, class Stored>
-__device__ __forceinline__ void load(const Stored* from, Computed<Stored>* to) {
+__device__ __forceinline__ void read(const Stored* from, Stored* to) {
   if constexpr (kWidth == 1) {
-    *to = widen(*from);
+    *to = *from;
   } else {
     constexpr int kCount = kVectorWidth<Stored>;
     static_assert(kWidth % kCount == 0, "whole vectors");
@@ -64,16 +65,15 @@ __device__ __forceinline__ void load(const Stored* from, Computed<Stored>* to) {
       Vector<Stored> vector;
       vector.bytes = *reinterpret_cast<const uint4*>(from + i);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) to[i + j] = widen(vector.element[j]);
+      for (int j = 0; j < kCount; ++j) to[i + j] = vector.element[j];
     }
   }
 }
 
-// Writes kWidth elements, each rounded to nearest.
 template <int kWidth, class Stored>
-__device__ __forceinline__ void store(Stored* to, const Computed<Stored>* from) {
+__device__ __forceinline__ void write(Stored* to, const Stored* from) {
   if constexpr (kWidth == 1) {
-    narrow(*from, to);
+    *to = *from;
   } else {
     constexpr int kCount = kVectorWidth<Stored>;
     static_assert(kWidth % kCount == 0, "whole vectors");
@@ -81,10 +81,28 @@ __device__ __forceinline__ void store(Stored* to, const Computed<Stored>* from) 
     for (int i = 0; i < kWidth; i += kCount) {
       Vector<Stored> vector;
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) narrow(from[i + j], &vector.element[j]);
+      for (int j = 0; j < kCount; ++j) vector.element[j] = from[i + j];
       *reinterpret_cast<uint4*>(to + i) = vector.bytes;
     }
   }
+}
+
+// The same, converted to the type that is computed in.
+template <int kWidth, class Stored>
+__device__ __forceinline__ void load(const Stored* from, Computed<Stored>* to) {
+  Stored stored[kWidth];
+  read<kWidth>(from, stored);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) to[i] = widen(stored[i]);
+}
+
+// And back, each element rounded to nearest.
+template <int kWidth, class Stored>
+__device__ __forceinline__ void store(Stored* to, const Computed<Stored>* from) {
+  Stored stored[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) narrow(from[i], &stored[i]);
+  write<kWidth>(to, stored);
 }
 
 }  // namespace ca3d

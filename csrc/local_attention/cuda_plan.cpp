@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <limits>
 
+#include "common/dtype_info.h"
 #include "common/unsupported.h"
 
 namespace ca3d {
@@ -18,30 +19,6 @@ constexpr size_t kLargeShared = 12 * 1024;
 constexpr int64_t kLongestTile = 128;
 
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-
-int element_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
-const char* dtype_name(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return "float64";
-    case DType::kFloat32:
-      return "float32";
-    case DType::kFloat16:
-      return "float16";
-    default:
-      return "bfloat16";
-  }
-}
 
 void limit(const char* name, int64_t value, int64_t most) {
   if (value <= most) return;
@@ -81,7 +58,7 @@ class Planner {
  public:
   Planner(const LocalAttentionProblem& problem, bool backward,
           std::initializer_list<StridedRows> tensors)
-      : p_(problem), bytes_(element_bytes(problem.dtype)) {
+      : p_(problem), bytes_(stored_bytes(problem.dtype)) {
     launch_.backward = backward;
     launch_.dtype = problem.dtype;
     aligned_ = p_.head_dim * bytes_ % 16 == 0;

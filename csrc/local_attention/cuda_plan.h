@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "common/argument_field.h"
 #include "common/divider.h"
 #include "local_attention/local_attention.h"
 
@@ -108,6 +109,9 @@ LocalAttentionLaunch plan_backward(const LocalAttentionProblem& problem, const S
 
 // Name of the kernel in the compiled code, such as ca3d_local_attention_forward_float16_staged.
 std::string entry_name(const LocalAttentionLaunch& launch);
+
+// The fields of the kernel's argument that its direction uses.
+std::vector<ArgumentField> argument_fields(const LocalAttentionLaunch& launch);
 
 // Queues the kernel on a stream of a device. Throws CudaError.
 void run_local_attention(const LocalAttentionLaunch& launch, int device, void* stream);

@@ -609,15 +609,19 @@ __device__ __forceinline__ void backward(const LocalAttentionArguments& a, unsig
 
 // ---- entries ----
 
+// Blocks of the largest size that a multiprocessor holds: leaves a thread 64 registers, or 128.
+template <class Stored, Access kAccess>
+constexpr int kBlocksAtLeast = sizeof(Stored) < 8 && kAccess == Access::kStaged ? 4 : 2;
+
 // The kernels for one stored type and access, under names that tools can find.
 #define CA3D_ENTRIES(Stored, dtype, kAccess, access)                                          \
-  extern "C" __global__ void __launch_bounds__(kMaxBlockThreads)                              \
+  extern "C" __global__ void __launch_bounds__(kMaxBlockThreads, (kBlocksAtLeast<Stored, Access::kAccess>))                              \
       ca3d_local_attention_forward_##dtype##_##access(                                        \
           const __grid_constant__ LocalAttentionArguments arguments) {                        \
     CA3D_DYNAMIC_SHARED(shared);                                                              \
     forward<Stored, Access::kAccess>(arguments, shared);                                      \
   }                                                                                           \
-  extern "C" __global__ void __launch_bounds__(kMaxBlockThreads)                              \
+  extern "C" __global__ void __launch_bounds__(kMaxBlockThreads, (kBlocksAtLeast<Stored, Access::kAccess>))                              \
       ca3d_local_attention_backward_##dtype##_##access(                                       \
           const __grid_constant__ LocalAttentionArguments arguments) {                        \
     CA3D_DYNAMIC_SHARED(shared);                                                              \

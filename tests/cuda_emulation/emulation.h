@@ -359,9 +359,9 @@ class LaunchMemory {
 
 inline void run(unsigned grid, unsigned block, size_t shared_bytes, std::function<void()> body) {
   if (block == 0 || block > 1024 || block % 32 != 0) fail("a block of a wrong size");
-  if (grid == 0) fail("an empty grid");
-  if (shared_bytes > (48 << 10)) fail("more than 48 KB of shared memory");
+  if (grid == 0 || grid > 0x7fffffffu) fail("an empty grid");
   state.grid = {grid, 1, 1};
+  if (shared_bytes > (48 << 10)) fail("more than 48 KB of shared memory");
   state.block = {block, 1, 1};
   state.threads.assign(block, Thread());
   state.warps.assign(block / 32, Warp());
@@ -404,6 +404,20 @@ inline void set_order(int order) {
 #define __shfl_xor_sync(mask, x, step) \
   ::emulation::shuffle(mask, x, (::emulation::thread_index() % 32) ^ (step), __LINE__)
 
+// Each rounded on its own: compile with -ffp-contract=off.
+inline float __fmul_rn(float x, float y) {
+  return x * y;
+}
+inline float __fadd_rn(float x, float y) {
+  return x + y;
+}
+inline double __dmul_rn(double x, double y) {
+  return x * y;
+}
+inline double __dadd_rn(double x, double y) {
+  return x + y;
+}
+
 using std::isfinite;
 using std::max;
 using std::min;
@@ -427,6 +441,14 @@ inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) {
