@@ -91,14 +91,14 @@ struct Context {
   void* stack_pointer = nullptr;
 
   // The first switch returns into `entry`, whose own return address would be the zero above it.
-  void prepare(char* stack, void (*entry)()) {
+  CA3D_UNSEEN void prepare(char* stack, void (*entry)()) {
     void** top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
     stack_pointer = top;
   }
-  void switch_to(Context& other) { switch_stack(&stack_pointer, other.stack_pointer); }
+  CA3D_UNSEEN void switch_to(Context& other) { switch_stack(&stack_pointer, other.stack_pointer); }
 };
 
 #else
@@ -106,14 +106,14 @@ struct Context {
 struct Context {
   ucontext_t context;
 
-  void prepare(char* stack, void (*entry)()) {
+  CA3D_UNSEEN void prepare(char* stack, void (*entry)()) {
     getcontext(&context);
     context.uc_stack.ss_sp = stack;
     context.uc_stack.ss_size = kStackBytes;
     context.uc_link = nullptr;
     makecontext(&context, entry, 0);
   }
-  void switch_to(Context& other) { swapcontext(&context, &other.context); }
+  CA3D_UNSEEN void switch_to(Context& other) { swapcontext(&context, &other.context); }
 };
 
 #endif
@@ -150,8 +150,9 @@ struct State {
   int order = kForward;
   dim3 grid{1, 1, 1}, block{1, 1, 1};
   unsigned block_index = 0, thread_index = 0;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
+  // Not vectors: code of the standard library is seen by ThreadSanitizer.
+  Thread* threads = nullptr;
+  Warp* warps = nullptr;
   Meeting barrier;
   unsigned live = 0;
   unsigned char* shared = nullptr;
@@ -251,7 +252,7 @@ CA3D_UNSEEN inline void meet(Meeting& meeting, unsigned count, int line, bool or
 }
 
 CA3D_UNSEEN inline void block_barrier(int line) {
-  meet(state.barrier, static_cast<unsigned>(state.threads.size()), line, true);
+  meet(state.barrier, state.block.x, line, true);
 }
 
 // All lanes of a mask hand in a value; returns what the lane `from` did.
@@ -284,11 +285,12 @@ CA3D_UNSEEN T shuffle(uint32_t mask, T x, unsigned from, int line) {
 // ---- launches ----
 
 inline void run_block(std::mt19937& random) {
-  const unsigned count = static_cast<unsigned>(state.threads.size());
+  const unsigned count = state.block.x;
   state.live = count;
   state.barrier = Meeting();
-  std::fill(state.warps.begin(), state.warps.end(), Warp());
-  for (Thread& thread : state.threads) {
+  std::fill(state.warps, state.warps + count / 32, Warp());
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& thread = state.threads[i];
     thread.waits_for = nullptr;
     thread.done = false;
     thread.context.prepare(thread.stack, run_thread);
@@ -332,12 +334,12 @@ class LaunchMemory {
     const bool fresh = mapped_.empty();
 #endif
     if (fresh) {
-      const size_t bytes = state.threads.size() * kStackBytes;
+      const size_t bytes = size_t{state.block.x} * kStackBytes;
       void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (stacks == MAP_FAILED) fail("no memory for stacks");
       mapped_.emplace_back(stacks, bytes);
-      for (size_t i = 0; i < state.threads.size(); ++i) {
+      for (size_t i = 0; i < state.block.x; ++i) {
         state.threads[i].stack = static_cast<char*>(stacks) + i * kStackBytes;
       }
       void* shared = nullptr;
@@ -349,7 +351,9 @@ class LaunchMemory {
   }
 
   void keep_fibers() {
-    for (Thread& thread : state.threads) fibers_.push_back(thread.sanitizer_fiber);
+    for (unsigned i = 0; i < state.block.x; ++i) {
+      fibers_.push_back(state.threads[i].sanitizer_fiber);
+    }
   }
 
  private:
@@ -363,8 +367,10 @@ inline void run(unsigned grid, unsigned block, size_t shared_bytes, std::functio
   state.grid = {grid, 1, 1};
   if (shared_bytes > (48 << 10)) fail("more than 48 KB of shared memory");
   state.block = {block, 1, 1};
-  state.threads.assign(block, Thread());
-  state.warps.assign(block / 32, Warp());
+  std::vector<Thread> threads(block);
+  std::vector<Warp> warps(block / 32);
+  state.threads = threads.data();
+  state.warps = warps.data();
   state.body = std::move(body);
 #if defined(__SANITIZE_THREAD__)
   state.main_fiber = __tsan_get_current_fiber();

@@ -2,16 +2,14 @@
 
 import contextlib
 import importlib.util
-import os
-import subprocess
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from commands import attempt, tool
+from commands import attempt, run, tool
 
 from ca3d_kernels import backends
 
@@ -32,12 +30,12 @@ ORDERS = ("forward", "reverse", "random", "rotating")
 
 
 def compile_objects(
-    folder: Path, sources: tuple[str, ...], *flags: str, csrc: Path = ROOT / "csrc"
+    folder: Path, sources: Sequence[str | Path], *flags: str, csrc: Path = ROOT / "csrc"
 ) -> list[Path]:
-    """Object files of sources below csrc, compiled with the emulation in front."""
+    """Object files of sources (relative ones below csrc), with the emulation in front of each."""
 
-    def build(source: str) -> Path:
-        out = folder / (source.replace("/", "-") + ".o")
+    def build(source: str | Path) -> Path:
+        out = folder / ("-".join(Path(csrc / source).parts[-2:]) + ".o")
         command = (
             *(tool("g++"), *OPTIONS, f"-I{csrc}", "-include", EMULATION),
             *('-DCA3D_VERSION="0"', '-DCA3D_CUDA_ARCHS="emulated"', *flags),
@@ -58,7 +56,7 @@ def build_module(folder: Path) -> ModuleType:
     include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     objects = compile_objects(folder, (*KERNELS, *HOST), "-O2", "-fvisibility=hidden", *include)
     library = folder / "_cuda.so"
-    subprocess.run([tool("g++"), "-shared", *map(str, objects), "-o", library], check=True)
+    run(tool("g++"), "-shared", *objects, "-o", library)
     spec = importlib.util.spec_from_file_location("_cuda", library)
     assert spec is not None
     assert spec.loader is not None
@@ -90,6 +88,16 @@ def registered(module: ModuleType) -> Iterator[None]:
             backends.register(op, implementation)
 
 
-def sanitizer_environment() -> dict[str, str]:
-    """What the programs of the sanitizers need: no address randomisation for ThreadSanitizer."""
-    return {**os.environ, "TSAN_OPTIONS": "halt_on_error=1:report_bugs=1"}
+def build_program(
+    folder: Path, sources: tuple[Path, ...], *flags: str, csrc: Path = ROOT / "csrc"
+) -> Path:
+    """A program of the kernels, their plans and some more sources, with sanitizers."""
+    host = tuple(
+        source for source in HOST if source not in ("cuda_bindings.cpp", "common/cuda_device.cpp")
+    )
+    flags = ("-O1", "-g", f"-I{ROOT / 'tests/native'}", *flags)
+    parts = (*KERNELS, *(csrc / source for source in host), *sources)
+    objects = compile_objects(folder, parts, *flags, csrc=csrc)
+    program = folder / "program"
+    run(tool("g++"), *flags, *objects, "-o", program)
+    return program
