@@ -133,9 +133,7 @@ backends.register(
     "preparam_step", backends.Implementation("reference", ReferenceKernels, lambda device: None)
 )
 backends.register("preparam_step", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
-backends.register(
-    "preparam_step", backends.Implementation("cuda", _load_cuda, cuda.unavailable)
-)
+backends.register("preparam_step", backends.Implementation("cuda", _load_cuda, cuda.unavailable))
 backends.register(
     "preparam_step",
     backends.Implementation("triton", _load_triton, triton_launch.unavailable),

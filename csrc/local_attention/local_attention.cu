@@ -167,8 +167,7 @@ class Block {
   }
 
   // Address of a position of a head in a tensor.
-  __device__ Stored* at(const StridedRows& tensor, const Unit& unit, int head,
-                        int position) const {
+  __device__ Stored* at(const StridedRows& tensor, const Unit& unit, int head, int position) const {
     const int64_t frame = unit.phase + position * a.dilation;
     return static_cast<Stored*>(tensor.data) + unit.outer * tensor.outer +
            unit.inner * tensor.inner + head * tensor.head + frame * tensor.frame;
@@ -539,8 +538,8 @@ __device__ __forceinline__ void gather_keys(const B& block, const Row& row, cons
                                             const Source& k, typename B::Part* dq) {
   const LocalAttentionArguments& a = block.a;
   const auto seen = block.keys(row);
-  const int query = row.number * static_cast<int>(a.query_rows.divisor) + row.position -
-                    spans.queries.first;
+  const int query =
+      row.number * static_cast<int>(a.query_rows.divisor) + row.position - spans.queries.first;
   const auto* gradient = block.gradients(query);
   for (int n = 0; n < a.slots; ++n) {
     const auto key = block.key(seen, n);
@@ -614,23 +613,25 @@ template <class Stored, Access kAccess>
 constexpr int kBlocksAtLeast = sizeof(Stored) < 8 && kAccess == Access::kStaged ? 4 : 2;
 
 // The kernels for one stored type and access, under names that tools can find.
-#define CA3D_ENTRIES(Stored, dtype, kAccess, access)                                          \
-  extern "C" __global__ void __launch_bounds__(kMaxBlockThreads, (kBlocksAtLeast<Stored, Access::kAccess>))                              \
-      ca3d_local_attention_forward_##dtype##_##access(                                        \
-          const __grid_constant__ LocalAttentionArguments arguments) {                        \
-    CA3D_DYNAMIC_SHARED(shared);                                                              \
-    forward<Stored, Access::kAccess>(arguments, shared);                                      \
-  }                                                                                           \
-  extern "C" __global__ void __launch_bounds__(kMaxBlockThreads, (kBlocksAtLeast<Stored, Access::kAccess>))                              \
-      ca3d_local_attention_backward_##dtype##_##access(                                       \
-          const __grid_constant__ LocalAttentionArguments arguments) {                        \
-    CA3D_DYNAMIC_SHARED(shared);                                                              \
-    backward<Stored, Access::kAccess>(arguments, shared);                                     \
+#define CA3D_ENTRIES(Stored, dtype, kAccess, access)                                      \
+  extern "C" __global__ void __launch_bounds__(kMaxBlockThreads,                          \
+                                               (kBlocksAtLeast<Stored, Access::kAccess>)) \
+      ca3d_local_attention_forward_##dtype##_##access(                                    \
+          const __grid_constant__ LocalAttentionArguments arguments) {                    \
+    CA3D_DYNAMIC_SHARED(shared);                                                          \
+    forward<Stored, Access::kAccess>(arguments, shared);                                  \
+  }                                                                                       \
+  extern "C" __global__ void __launch_bounds__(kMaxBlockThreads,                          \
+                                               (kBlocksAtLeast<Stored, Access::kAccess>)) \
+      ca3d_local_attention_backward_##dtype##_##access(                                   \
+          const __grid_constant__ LocalAttentionArguments arguments) {                    \
+    CA3D_DYNAMIC_SHARED(shared);                                                          \
+    backward<Stored, Access::kAccess>(arguments, shared);                                 \
   }
 
-#define CA3D_ENTRIES_OF_TYPE(Stored, dtype)        \
-  CA3D_ENTRIES(Stored, dtype, kStaged, staged)     \
-  CA3D_ENTRIES(Stored, dtype, kVectors, vectors)   \
+#define CA3D_ENTRIES_OF_TYPE(Stored, dtype)      \
+  CA3D_ENTRIES(Stored, dtype, kStaged, staged)   \
+  CA3D_ENTRIES(Stored, dtype, kVectors, vectors) \
   CA3D_ENTRIES(Stored, dtype, kScalars, scalars)
 
 CA3D_ENTRIES_OF_TYPE(float, float32)
@@ -642,16 +643,16 @@ namespace {
 
 using Kernel = void (*)(LocalAttentionArguments);
 
-#define CA3D_KERNELS_OF_TYPE(dtype)                           \
-  {                                                           \
-    {ca3d_local_attention_forward_##dtype##_staged,           \
-     ca3d_local_attention_forward_##dtype##_vectors,          \
-     ca3d_local_attention_forward_##dtype##_scalars},         \
-    {                                                         \
-      ca3d_local_attention_backward_##dtype##_staged,         \
-          ca3d_local_attention_backward_##dtype##_vectors,    \
-          ca3d_local_attention_backward_##dtype##_scalars     \
-    }                                                         \
+#define CA3D_KERNELS_OF_TYPE(dtype)                        \
+  {                                                        \
+    {ca3d_local_attention_forward_##dtype##_staged,        \
+     ca3d_local_attention_forward_##dtype##_vectors,       \
+     ca3d_local_attention_forward_##dtype##_scalars},      \
+    {                                                      \
+      ca3d_local_attention_backward_##dtype##_staged,      \
+          ca3d_local_attention_backward_##dtype##_vectors, \
+          ca3d_local_attention_backward_##dtype##_scalars  \
+    }                                                      \
   }
 
 // By DType, direction and Access.

@@ -24,7 +24,7 @@ def ptxas() -> Path:
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+def ptx(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("ptx")
 
     @cache
@@ -64,12 +64,12 @@ def check(ptx_file: Path, source: str, arch: int, out: Path) -> None:
 
 @pytest.mark.parametrize("arch", USUAL)
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_spills(source: str, arch: int, ptx, tmp_path: Path) -> None:  # noqa: ANN001
+def test_no_spills(source: str, arch: int, ptx, tmp_path: Path) -> None:
     check(ptx(source), source, arch, tmp_path / "out.cubin")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch not in USUAL])
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_spills_elsewhere(source: str, arch: int, ptx, tmp_path: Path) -> None:  # noqa: ANN001
+def test_no_spills_elsewhere(source: str, arch: int, ptx, tmp_path: Path) -> None:
     check(ptx(source), source, arch, tmp_path / "out.cubin")
