@@ -72,6 +72,21 @@ def _versions(batch: Batch) -> list[int]:
 def _call(
     function: Callable[..., Any], batch: Batch, largest: NDArray[np.float64] | None = None
 ) -> Any:
+    return function(*library_arguments(batch), torch.get_num_threads(), largest)
+
+
+def library_arguments(batch: Batch) -> tuple[Any, ...]:
+    """What a compiled library wants to know of a batch: the table of addresses, then the numbers.
+
+    Raises:
+        UnsupportedInputError: of dtypes or strides that no library takes.
+
+    Example:
+        >>> from ca3d_kernels.preparam_step.reference import Hyperparameters
+        >>> x = [torch.ones(3)]
+        >>> library_arguments(Batch(x, x, x, [], Hyperparameters(lr=0.5), 128.0, 1.0))[1:4]
+        ('float32', 'float32', (0.5, 0.0, 0.0, 0.0, 128.0, 1.0))
+    """
     dtype, wide = batch.params[0].dtype, batch.pre_params[0].dtype
     if dtype not in _DTYPES or (dtype != wide and (dtype, wide) not in _MIXED):
         raise backends.UnsupportedInputError(f"pre-parameters of {wide} with parameters of {dtype}")
@@ -79,15 +94,13 @@ def _call(
     table[1::5] = array("q", [grad.data_ptr() for grad in batch.grads])
     hyper = batch.hyper
     numbers = (hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
-    return function(
+    return (
         table,
         _DTYPES[dtype],
         _DTYPES[wide],
         (*numbers, batch.scale, batch.gradient_scale),
         hyper.nesterov,
         batch.rounding,
-        torch.get_num_threads(),
-        largest,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ca3d_kernels import backends, triton_launch
+from ca3d_kernels import backends, cuda, triton_launch
 from ca3d_kernels.preparam_step.mapping import PreParamMapping
 from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped, stepped
 
@@ -123,10 +123,17 @@ def _load_triton() -> Kernels:
     return TritonKernels()
 
 
+def _load_cuda() -> Kernels:
+    from ca3d_kernels.preparam_step.cuda import CudaKernels
+
+    return CudaKernels(cuda.library())
+
+
 backends.register(
     "preparam_step", backends.Implementation("reference", ReferenceKernels, lambda device: None)
 )
 backends.register("preparam_step", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
+backends.register("preparam_step", backends.Implementation("cuda", _load_cuda, cuda.unavailable))
 backends.register(
     "preparam_step",
     backends.Implementation("triton", _load_triton, triton_launch.unavailable),

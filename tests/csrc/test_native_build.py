@@ -15,7 +15,11 @@ X86_ISAS = ("baseline", "avx2", "avx512")
 ARM_ISAS = ("baseline", "neon")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 # The program that holds the kernels of an op to their definition.
-PARITY = {"local_attention": "attention_parity", "preparam_step": "preparam_parity"}
+PARITY = {
+    "local_attention": "attention_parity",
+    "norm_relu_conv": "norm_relu_parity",
+    "preparam_step": "preparam_parity",
+}
 
 native_machine = os.uname().machine
 each_op = pytest.mark.parametrize("op", PARITY)
