@@ -54,13 +54,13 @@ void local_attention_backward(const LocalAttentionProblem& problem, const Stride
 }
 
 void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                       int /*threads*/) {
+                       int /*threads*/, PreParamLargest* /*largest*/) {
   check(step, runs, count);
   run_preparam_step(step, runs, count, {}, 0, nullptr);
 }
 
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                                 int /*threads*/) {
+                                 int /*threads*/, const PreParamLargest* /*largest*/) {
   check(step, runs, count);
   float found_inf = 0;
   run_preparam_overflows(step, runs, count, {nullptr, nullptr, &found_inf}, 0, nullptr);
