@@ -1,4 +1,4 @@
-"""How long ReLU + BatchNorm + residual takes, forward and backward, against torch and against copies.
+"""How long ReLU + BatchNorm + residual takes, forward and backward, against torch and copies.
 
 The tensors are those between the convolutions of CA3D's four blocks at batch 4, 16x112x112. The
 ratios are medians over interleaved rounds (see interleaved.py), with settled memory (see
