@@ -1,4 +1,4 @@
-"""Compiles csrc/ with CMake into `ca3d_kernels._native` and installs both packages."""
+"""Compiles csrc/ with CMake into `ca3d_kernels._native` and `._cuda`; installs both packages."""
 
 import os
 import shutil
@@ -19,9 +19,11 @@ def find_tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds the one native extension of the project with CMake and Ninja."""
+    """Builds the native extensions of the project with CMake and Ninja, all with the first one."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext is not self.extensions[0]:
+            return
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -43,6 +45,8 @@ class CMakeBuild(build_ext):
                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                     f"-DCA3D_VERSION={self.distribution.get_version()}",
                     f"-DCA3D_SANITIZE={os.environ.get('CA3D_SANITIZE', '')}",
+                    f"-DCA3D_CUDA={os.environ.get('CA3D_CUDA') or 'auto'}",
+                    f"-DCA3D_CUDA_ARCHS={os.environ.get('CA3D_CUDA_ARCHS', '')}",
                 ],
                 check=True,
             )  # fmt: skip
@@ -56,6 +60,10 @@ setup(
         "ca3d_kernels": ["py.typed", "*.pyi"],
         "ca3d": ["py.typed", "data/embedded/*.npz", "data/embedded/*.txt"],
     },
-    ext_modules=[Extension("ca3d_kernels._native", sources=[])],
+    ext_modules=[
+        Extension("ca3d_kernels._native", sources=[]),
+        # Only where nvcc is found, see cmake/cuda.cmake.
+        Extension("ca3d_kernels._cuda", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

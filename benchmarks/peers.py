@@ -35,7 +35,7 @@ def sdpa(qkv: Tensor, heads: int, kernel_size: int = 5) -> Tensor:
     """Dense attention of all pairs of frames under a band mask."""
     q, k, v = (x.flatten(0, 1) for x in sequences(qkv, heads).unbind(3))
     frames = q.shape[-2]
-    t = torch.arange(frames)
+    t = torch.arange(frames, device=qkv.device)
     distance = t - t[:, None] + kernel_size // 2
     band = (distance >= 0) & (distance < kernel_size)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=band)

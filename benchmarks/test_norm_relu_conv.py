@@ -1,76 +1,89 @@
-"""How long ReLU + BatchNorm (+ residual) takes, forward and backward, against copies of the tensor.
+"""How long ReLU + BatchNorm + residual takes, forward and backward, against torch and copies.
 
-The floor is about four copies: forward reads y twice and writes z, backward reads y and dz twice
-and writes dy. The tensors are those of CA3D's blocks at batch 4, 16x112x112. "time / 4 clones" is
-the comparison with fresh memory for each result, as our results have; "time / 4 copies" is that
-with memory whose pages are there already. The peer is torch's ReLU, batch_norm and sum on the same
-channels-last tensors. Ratios are medians over interleaved rounds; see interleaved.py.
+The tensors are those between the convolutions of CA3D's four blocks at batch 4, 16x112x112. The
+ratios are medians over interleaved rounds (see interleaved.py), with settled memory (see
+allocator.py).
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interleaved import interleave
+from allocator import settled_memory
+from interleaved import Timings, interleave
 from torch import Tensor
 
 from ca3d_kernels import norm_relu
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# (N, C, H, W) of the spatial halves of the blocks.
 BLOCKS = {
-    "spatial1": (64, 64, 56, 56),
-    "spatial2": (64, 128, 28, 28),
-    "spatial3": (64, 256, 14, 14),
-    "temporal3": (4, 256, 8, 196),
-    "spatial4": (32, 512, 7, 7),
+    "block 1": (64, 64, 56, 56),
+    "block 2": (64, 128, 28, 28),
+    "block 3": (32, 256, 14, 14),
+    "block 4": (16, 512, 7, 7),
+}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
 }
 
 
-def channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+def torchs(y: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return F.batch_norm(F.relu(y), None, None, weight, bias, True, 0.0, 1e-5) + residual
 
 
-def candidates(
-    shape: tuple[int, ...], dtype: torch.dtype, residual: bool
-) -> dict[str, Callable[[], object]]:
-    """What is timed: ours, torch's, and four copies or clones of a tensor."""
-    y = channels_last(shape, dtype).requires_grad_()
-    r = channels_last(shape, dtype).requires_grad_() if residual else None
-    grad, target = channels_last(shape, dtype), channels_last(shape, dtype)
-    weight, bias = (torch.rand(shape[1]).to(dtype).requires_grad_() for _ in range(2))
-    wanted = [x for x in (y, weight, bias, r) if x is not None]
+def ours(y: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return norm_relu(y, weight, bias, residual).z
 
-    def ours() -> None:
-        torch.autograd.grad(norm_relu(y, weight, bias, r).z, wanted, grad)
 
-    def torchs() -> None:
-        z = F.batch_norm(F.relu(y), None, None, weight, bias, training=True)
-        torch.autograd.grad(z if r is None else z + r, wanted, grad)
+@cache
+def candidates(block: str, dtype: str) -> dict[str, Callable[[], object]]:
+    shape = BLOCKS[block]
 
-    source = y.detach()
+    def images() -> Tensor:
+        x = torch.randn(shape).to(DTYPES[dtype])
+        return x.contiguous(memory_format=torch.channels_last)
+
+    leaves = images().requires_grad_(), images().requires_grad_()
+    weight, bias = (torch.rand(shape[1]).to(DTYPES[dtype]).requires_grad_() for _ in range(2))
+    grad, target = images(), images()
+
+    def both_ways(way: Callable[..., Tensor]) -> None:
+        y, residual = leaves
+        inputs = (y, weight, bias, residual)
+        torch.autograd.grad(way(*inputs), inputs, grad)
 
     def copies() -> None:
         for _ in range(4):
-            target.copy_(source)
+            target.copy_(grad)
 
-    def clones() -> None:
-        for _ in range(4):
-            source.clone()
+    return {
+        "ours": lambda: both_ways(ours),
+        "torch": lambda: both_ways(torchs),
+        "four copies": copies,
+    }
 
-    return {"ours": ours, "torch": torchs, "copies": copies, "clones": clones}
 
-
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.benchmark(group="ReLU + BatchNorm, forward and backward")
-def test_norm_relu(benchmark: Any, block: str, dtype: torch.dtype, residual: bool) -> None:
-    torch.manual_seed(0)
+@cache
+def timings(block: str, dtype: str) -> Timings:
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    runs = candidates(BLOCKS[block], dtype, residual)
-    timings = interleave(runs, rounds=15, budget=3)
-    for what, other in (("4 copies", "copies"), ("4 clones", "clones"), ("torch", "torch")):
-        benchmark.extra_info[f"time / {what}"] = round(timings.ratio("ours", other), 3)
-    benchmark.pedantic(runs["ours"], rounds=5, warmup_rounds=1)
+    with settled_memory():
+        return interleave(candidates(block, dtype), rounds=20, budget=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_norm_relu(benchmark: Any, block: str, dtype: str) -> None:
+    measured = timings(block, dtype)
+    benchmark.extra_info.update(
+        {
+            "time / four copies": round(measured.ratio("ours", "four copies"), 3),
+            "torch / time": round(measured.ratio("torch", "ours"), 2),
+        }
+    )
+    benchmark.pedantic(candidates(block, dtype)["ours"], rounds=3, warmup_rounds=1)

@@ -1,5 +1,9 @@
-"""``python -m ca3d_kernels``: what is installed, and which backend each op would use and why."""
+"""``python -m ca3d_kernels``: what is installed, and which backend each op would use and why.
 
+``python -m ca3d_kernels dump-kernels`` writes the GPU kernels; see `ca3d_kernels.dump`.
+"""
+
+import argparse
 import importlib.metadata
 import importlib.util
 import platform
@@ -125,17 +129,52 @@ def report() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the report; returns the exit code.
+    """Prints the report, or runs a command; returns the exit code.
 
     Example:
-        >>> main(["--unknown"])
-        usage: python -m ca3d_kernels
+        >>> main(["unknown"])
         2
     """
-    if arguments:
-        print("usage: python -m ca3d_kernels")
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    print(report())
+    parser = argparse.ArgumentParser(
+        prog="python -m ca3d_kernels",
+        description="Without a command: what is installed, and which backend each op would use.",
+    )
+    commands = parser.add_subparsers(dest="command")
+    dumping = commands.add_parser(
+        "dump-kernels", help="write every GPU kernel as PTX, with a description of its launch"
+    )
+    dumping.add_argument("--arch", required=True, help="GPU architecture, such as sm_90")
+    dumping.add_argument("--out", required=True, type=Path, help="folder to write to")
+    dumping.add_argument(
+        "--problem",
+        metavar="KEY=VALUE,...",
+        help="one problem instead of the ordinary ones, such as frames=16,dtype=bfloat16",
+    )
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    if options.command is None:
+        print(report())
+        return 0
+    return _dump_kernels(options.arch, options.out, options.problem)
+
+
+def _dump_kernels(arch: str, out: Path, problem: str | None) -> int:
+    from ca3d_kernels.dump import dump
+
+    try:
+        changes = None
+        if problem is not None:
+            pairs = [pair.split("=") for pair in problem.split(",")]
+            if any(len(pair) != 2 for pair in pairs):
+                raise ValueError(f"--problem must be KEY=VALUE,..., got {problem!r}")
+            changes = dict(pairs)
+        files = dump(arch, out, changes)
+    except (ValueError, ImportError) as error:
+        print(f"dump-kernels: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(files)} kernels written to {out}")
     return 0
 
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 #include "common/pages.h"
@@ -20,51 +21,14 @@
 #include "norm_relu_conv/norm_relu_conv.h"
 #include "preparam_step/preparam_step.h"
 
-namespace py = pybind11;
+using ca3d::parse_attention;
+using ca3d::parse_dtype;
+using ca3d::parse_rows;
+using ca3d::parse_runs;
+using ca3d::parse_step;
+using ca3d::PreParamTable;
 
 namespace {
-
-ca3d::DType parse_dtype(const std::string& name) {
-  if (name == "float32") return ca3d::DType::kFloat32;
-  if (name == "float64") return ca3d::DType::kFloat64;
-  if (name == "float16") return ca3d::DType::kFloat16;
-  if (name == "bfloat16") return ca3d::DType::kBFloat16;
-  throw std::invalid_argument("dtype '" + name +
-                              "' is not supported; allowed: float32, float64, float16, bfloat16");
-}
-
-// (address, stride of outer, inner, head, frame), strides in elements.
-ca3d::StridedRows parse_rows(const std::array<int64_t, 5>& rows) {
-  return {reinterpret_cast<void*>(rows[0]), rows[1], rows[2], rows[3], rows[4]};
-}
-
-// sizes is (outer, inner, heads, frames, head_dim), window (kernel_size, dilation, causal, edge).
-ca3d::LocalAttentionProblem parse_attention(const std::string& dtype,
-                                            const std::array<int64_t, 5>& sizes,
-                                            const std::array<int64_t, 4>& window, double scale,
-                                            const std::vector<int64_t>& key_table) {
-  if (window[2] != 0 && window[2] != 1) {
-    throw std::invalid_argument("causal must be 0 or 1, got " + std::to_string(window[2]));
-  }
-  if (window[3] < 0 || window[3] > 2) {
-    throw std::invalid_argument("edge must be 0 (truncate), 1 (zero) or 2 (shift), got " +
-                                std::to_string(window[3]));
-  }
-  const size_t expected = static_cast<size_t>(sizes[2]) * static_cast<size_t>(window[0]) * 2;
-  if (!key_table.empty() && key_table.size() != expected) {
-    throw std::invalid_argument("key_table must have heads * kernel_size * 2 entries, got " +
-                                std::to_string(key_table.size()));
-  }
-  return {parse_dtype(dtype),
-          sizes[0],
-          sizes[1],
-          sizes[2],
-          sizes[3],
-          sizes[4],
-          {window[0], window[1], window[2] == 1, static_cast<ca3d::Edge>(window[3])},
-          scale,
-          key_table.empty() ? nullptr : key_table.data()};
-}
 
 void attention_forward(const std::string& dtype, const std::array<int64_t, 5>& sizes,
                        const std::array<int64_t, 4>& window, double scale,
@@ -91,21 +55,6 @@ void attention_backward(const std::string& dtype, const std::array<int64_t, 5>& 
                                  threads);
 }
 
-// One row (param, grad, pre_param, momentum, count) a tensor: four addresses, momentum 0 for none.
-using PreParamTable = py::array_t<int64_t, py::array::c_style>;
-
-std::vector<ca3d::PreParamRun> parse_runs(const PreParamTable& table) {
-  if (table.ndim() != 1 || table.size() % 5 != 0) {
-    throw std::invalid_argument("table must be flat, with 5 numbers a tensor");
-  }
-  std::vector<ca3d::PreParamRun> runs;
-  for (const int64_t *row = table.data(), *end = row + table.size(); row != end; row += 5) {
-    runs.push_back({reinterpret_cast<void*>(row[0]), reinterpret_cast<const void*>(row[1]),
-                    reinterpret_cast<void*>(row[2]), reinterpret_cast<void*>(row[3]), row[4]});
-  }
-  return runs;
-}
-
 // Two numbers for each piece of kPreParamRun elements, run after run; none for unknown.
 using PreParamLargest = py::array_t<double, py::array::c_style>;
 
@@ -121,20 +70,6 @@ ca3d::PreParamLargest* parse_largest(const std::vector<ca3d::PreParamRun>& runs,
                                 std::to_string(pieces) + " pieces");
   }
   return reinterpret_cast<ca3d::PreParamLargest*>(largest->mutable_data());
-}
-
-// hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale).
-ca3d::PreParamStep parse_step(const std::string& param, const std::string& pre_param,
-                              const std::array<double, 6>& hyper, bool nesterov,
-                              const std::string& rounding) {
-  if (rounding != "nearest") {
-    throw std::invalid_argument("rounding '" + rounding + "' is not supported; allowed: nearest");
-  }
-  return {parse_dtype(param), parse_dtype(pre_param),
-          hyper[0],           hyper[1],
-          hyper[2],           hyper[3],
-          hyper[4],           hyper[5],
-          nesterov,           ca3d::Rounding::kNearest};
 }
 
 template <auto kFunction>

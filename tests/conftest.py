@@ -5,6 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ca3d_kernels.triton_launch import interpreted
+
+if interpreted():
+    import triton_interpreter
+
+    triton_interpreter.install()
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

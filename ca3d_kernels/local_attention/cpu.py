@@ -14,8 +14,13 @@ _DTYPES = {
 }
 
 
-def _operand(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Address and strides of the first four dimensions, in elements."""
+def operand(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Address and strides of the first four dimensions, in elements.
+
+    Example:
+        >>> operand(torch.zeros(2, 3, 4, 8, 16))[1:]
+        (1536, 512, 128, 16)
+    """
     return (x.data_ptr(), *x.stride()[:4])  # type: ignore[return-value]
 
 
@@ -32,7 +37,7 @@ class NativeKernels:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options) -> None:
         """Writes the attention output into o."""
         pages.prepare(self._native, o)
-        self._forward(*_problem(q, options), *map(_operand, (q, k, v, o)), torch.get_num_threads())
+        self._forward(*problem(q, options), *map(operand, (q, k, v, o)), torch.get_num_threads())
 
     def backward(
         self,
@@ -47,14 +52,19 @@ class NativeKernels:
     ) -> None:
         """Writes the gradients of q, k and v into dq, dk and dv."""
         pages.prepare(self._native, dq, dk, dv)
-        operands = map(_operand, (q, k, v, grad, dq, dk, dv))
-        self._backward(*_problem(q, options), *operands, torch.get_num_threads())
+        operands = map(operand, (q, k, v, grad, dq, dk, dv))
+        self._backward(*problem(q, options), *operands, torch.get_num_threads())
 
 
-def _problem(
+def problem(
     q: Tensor, options: Options
 ) -> tuple[str, tuple[int, ...], tuple[int, ...], float, list[int]]:
-    """What the library wants to know besides the operands."""
+    """What a compiled library wants to know besides the operands.
+
+    Example:
+        >>> problem(torch.zeros(2, 3, 4, 8, 16), Options())
+        ('float32', (2, 3, 4, 8, 16), (5, 1, False, 0), 0.25, [])
+    """
     return (
         _DTYPES[q.dtype],
         tuple(q.shape),

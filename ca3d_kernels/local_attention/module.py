@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ca3d_kernels import triton_launch
 from ca3d_kernels.local_attention import op
 from ca3d_kernels.local_attention.functional import (
     KeyTable,
@@ -14,6 +15,7 @@ from ca3d_kernels.local_attention.functional import (
     published_key_table,
     with_context,
 )
+from ca3d_kernels.qkv_attention import op as qkv_attention
 
 
 class LocalTemporalAttention(nn.Module):
@@ -161,6 +163,16 @@ class LocalTemporalAttention(nn.Module):
             y = _per_head_linear(x, weight, bias)
         return y.unflatten(-1, (self.heads, 3, self.head_dim)).permute(0, 2, 3, 4, 1, 5)
 
+    def _attend(self, x: Tensor) -> Tensor:
+        """Projection and attention of pixels (B, T, N, C), fused where a kernel can."""
+        options = with_context(self._options)
+        if not self.dense_qkv and (x.is_cuda or triton_launch.interpreted()):
+            operands = _autocast(x, self.qkv_weight, self.qkv_bias)
+            if qkv_attention.is_fused(operands[0], operands[1], options):
+                return qkv_attention.qkv_attention(*operands, options)
+        x = op.attention_packed(self._project(x), *options)
+        return x.permute(0, 3, 1, 2, 4).flatten(-2)
+
     def forward(self, x: Tensor) -> Tensor:
         """Attends along T, (B, C, T, H, W) to the same shape; see the class."""
         self._check_input(x)
@@ -169,8 +181,7 @@ class LocalTemporalAttention(nn.Module):
         # make torch's convolution copy.
         x = x.contiguous(memory_format=torch.channels_last_3d)
         x = x.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, N, C)
-        x = op.attention_packed(self._project(x), *with_context(self._options))
-        x = x.permute(0, 3, 1, 2, 4).flatten(-2)  # (B, T, N, C)
+        x = self._attend(x)  # (B, T, N, C)
         if self.out_proj is not None:
             x = self.out_proj(x)
         return self.dropout(x).unflatten(2, size).permute(0, 4, 1, 2, 3)
@@ -206,6 +217,17 @@ class LocalTemporalAttention(nn.Module):
         text += ["bias=False"] * (self.qkv_bias is None)
         text += [f"backend={options.backend!r}"] * bool(options.backend)
         return ", ".join(text)
+
+
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the dtype that autocast gives to torch's projection."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _convolution_is_fast(x: Tensor) -> bool:

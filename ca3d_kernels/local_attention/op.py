@@ -19,7 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ca3d_kernels import backends
+from ca3d_kernels import backends, cuda, triton_launch
 from ca3d_kernels.local_attention import reference
 from ca3d_kernels.local_attention.layout import collapse_leading, empty_dense
 
@@ -114,11 +114,30 @@ def _cpu_unavailable(device: str) -> str | None:
     )
 
 
+@functools.cache
+def _load_triton() -> Kernels:
+    from ca3d_kernels.local_attention.triton import TritonKernels
+
+    return TritonKernels()
+
+
+@functools.cache
+def _load_cuda() -> Kernels:
+    from ca3d_kernels.local_attention.cuda import CudaKernels
+
+    return CudaKernels(cuda.library())
+
+
 backends.register(
     "local_attention",
     backends.Implementation("reference", ReferenceKernels, lambda device: None),
 )
 backends.register("local_attention", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
+backends.register("local_attention", backends.Implementation("cuda", _load_cuda, cuda.unavailable))
+backends.register(
+    "local_attention",
+    backends.Implementation("triton", _load_triton, triton_launch.unavailable),
+)
 
 
 def _execute(

@@ -206,7 +206,7 @@ def _check_norm(
         _check_tensor("residual", residual, y, tuple(y.shape))
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a float, got {eps!r}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:  # not isfinite: torch.compile can't trace it with dynamic floats
         raise ValueError(f"eps must be finite and at least 0, got {eps!r}")
     if not isinstance(relu, bool):
         raise TypeError(f"relu must be a bool, got {relu!r}")

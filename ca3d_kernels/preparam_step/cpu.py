@@ -31,11 +31,13 @@ class NativeKernels:
         self._overflows = native.preparam_sgd_step_overflows
         self._run = native.preparam_run
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
         """See `op.Kernels`.
 
         With a cache, notes how large theta and momentum became, for the next `overflows`.
         """
+        if found_inf is not None and bool(found_inf):
+            return
         if batch.cache is None:
             _call(self._step, batch)
             return
@@ -70,6 +72,21 @@ def _versions(batch: Batch) -> list[int]:
 def _call(
     function: Callable[..., Any], batch: Batch, largest: NDArray[np.float64] | None = None
 ) -> Any:
+    return function(*library_arguments(batch), torch.get_num_threads(), largest)
+
+
+def library_arguments(batch: Batch) -> tuple[Any, ...]:
+    """What a compiled library wants to know of a batch: the table of addresses, then the numbers.
+
+    Raises:
+        UnsupportedInputError: of dtypes or strides that no library takes.
+
+    Example:
+        >>> from ca3d_kernels.preparam_step.reference import Hyperparameters
+        >>> x = [torch.ones(3)]
+        >>> library_arguments(Batch(x, x, x, [], Hyperparameters(lr=0.5), 128.0, 1.0))[1:4]
+        ('float32', 'float32', (0.5, 0.0, 0.0, 0.0, 128.0, 1.0))
+    """
     dtype, wide = batch.params[0].dtype, batch.pre_params[0].dtype
     if dtype not in _DTYPES or (dtype != wide and (dtype, wide) not in _MIXED):
         raise backends.UnsupportedInputError(f"pre-parameters of {wide} with parameters of {dtype}")
@@ -77,15 +94,13 @@ def _call(
     table[1::5] = array("q", [grad.data_ptr() for grad in batch.grads])
     hyper = batch.hyper
     numbers = (hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
-    return function(
+    return (
         table,
         _DTYPES[dtype],
         _DTYPES[wide],
         (*numbers, batch.scale, batch.gradient_scale),
         hyper.nesterov,
         batch.rounding,
-        torch.get_num_threads(),
-        largest,
     )
 
 
@@ -96,7 +111,7 @@ def _table(batch: Batch) -> "array[int]":
     cache = {} if batch.cache is None else batch.cache
     if cache.get("addresses") != addresses:
         for w in batch.params:
-            if not (w.is_contiguous() or _is_dense(w)):
+            if not is_dense(w):
                 raise backends.UnsupportedInputError(
                     f"a parameter of strides {w.stride()} has gaps"
                 )
@@ -110,8 +125,15 @@ def _table(batch: Batch) -> "array[int]":
     return cache["table"]
 
 
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order."""
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order.
+
+    Example:
+        >>> is_dense(torch.empty(2, 3).t()), is_dense(torch.empty(2, 4)[:, ::2])
+        (True, False)
+    """
+    if x.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
         if stride != expected:

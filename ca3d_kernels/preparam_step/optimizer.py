@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ca3d_kernels import backends
 from ca3d_kernels.preparam_step import op
 from ca3d_kernels.preparam_step.mapping import LinearMapping, PreParamMapping
-from ca3d_kernels.preparam_step.plan import Plan, Seen, options, seen
+from ca3d_kernels.preparam_step.plan import Part, Plan, Seen, options, seen
 from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped
 
 ROUNDINGS = ("nearest", "published")
@@ -54,7 +54,8 @@ class PreParamSGD(Optimizer):
         compensated: not available yet, must be False.
         pre_param_dtype: dtype of theta and momentum; None is that of w. It may be wider than w's:
             float32 with float16 weights are the classic master weights.
-        backend: "cpu", "reference" or None for the fastest; see `ca3d_kernels.use_backend`.
+        backend: "triton", "cpu", "reference" or None for the fastest; see
+            `ca3d_kernels.use_backend`.
 
     Raises:
         TypeError: an argument or parameter is of a wrong type or dtype.
@@ -97,6 +98,8 @@ class PreParamSGD(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         self._skipped = 0
+        # Steps that a kernel has skipped since the last look: the CPU doesn't know yet.
+        self._skipped_on_device: Tensor | None = None
         self._plans: dict[int, Plan] = {}
         self._states: list[Any] = []
         self._seen: dict[Tensor, Seen] = {}
@@ -141,7 +144,13 @@ class PreParamSGD(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped because of a value that isn't finite."""
+        """How many steps were skipped because of a value that isn't finite.
+
+        With kernels on a GPU, asking for it waits for them.
+        """
+        if self._skipped_on_device is not None:
+            self._skipped += int(self._skipped_on_device)
+            self._skipped_on_device = None
         return self._skipped
 
     # Not torch.compiler.disable, which imports the whole compiler when this module is imported.
@@ -200,6 +209,10 @@ class PreParamSGD(Optimizer):
         """Steps everything; returns whether that was not done because of a flag or an overflow."""
         parts = [part for plan in plans for part in plan.parts]
         singles = [single for plan in plans for single in plan.singles]
+        devices = {part.batch.params[0].device for part in parts}
+        if not singles and len(devices) == 1 and all(op.is_asynchronous(p.batch) for p in parts):
+            self._step_on_device(parts, found_inf)
+            return False
         results: list[Stepped] | None = None
         if found_inf is not None:
             if bool(found_inf):
@@ -218,6 +231,22 @@ class PreParamSGD(Optimizer):
             single.write(single.stepped() if results is None else results[i])
             self._seen[single.param] = seen(single.param)
         return False
+
+    def _step_on_device(self, parts: list[Part], found_inf: Tensor | None) -> None:
+        """Steps everything unless a flag on the device says otherwise; the CPU doesn't wait."""
+        if found_inf is None and self.skip_nonfinite:
+            flags = [op.overflows(part.batch) for part in parts]
+            found_inf = flags[0] if len(flags) == 1 else torch.stack(flags).amax()
+        elif found_inf is not None:
+            found_inf = found_inf.to(parts[0].batch.params[0].device, torch.float32)
+        for part in parts:
+            op.step(part.batch, found_inf)
+            part.written()
+        if found_inf is not None:
+            skipped = (found_inf != 0).sum()
+            if self._skipped_on_device is not None:
+                skipped += self._skipped_on_device
+            self._skipped_on_device = skipped
 
     def _prepare(self, grad_scale: float) -> list[Plan]:
         """Plans of all groups, with the gradients and numbers of this step."""
@@ -326,6 +355,7 @@ class PreParamSGD(Optimizer):
             for handle in handles:
                 handle.remove()
         self._skipped = int(loaded.get("skipped_steps", 0))
+        self._skipped_on_device = None
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state_dict with this optimizer's maps, after checking that it fits."""
@@ -352,11 +382,16 @@ class PreParamSGD(Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("skip_nonfinite", "backend", "_skipped")}
+        own = {
+            "skip_nonfinite": self.skip_nonfinite,
+            "backend": self.backend,
+            "_skipped": self.skipped_steps,
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._skipped_on_device = None
         self._plans = {}
         self._states = []
         self._seen = {}

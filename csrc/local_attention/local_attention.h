@@ -10,13 +10,8 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/host_device.h"
 #include "common/strided.h"
-
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define CA3D_HOST_DEVICE __host__ __device__
-#else
-#define CA3D_HOST_DEVICE
-#endif
 
 namespace ca3d {
 
@@ -62,6 +57,26 @@ CA3D_HOST_DEVICE static inline VisibleFrames visible_frames(Window window, int64
   if (end > length) end = length;
   return {phase + begin * window.dilation, end - begin};
 }
+
+// The frames first, first + dilation, ... (count of them) whose windows hold frame s: neighbours,
+// because windows begin in the order of their frames.
+CA3D_HOST_DEVICE static inline VisibleFrames querying_frames(Window window, int64_t frames,
+                                                             int64_t s) {
+  const int64_t phase = s % window.dilation, position = s / window.dilation;
+  const int64_t length = (frames - phase - 1) / window.dilation + 1;
+  const int64_t after = window.causal ? window.kernel_size - 1 : window.kernel_size / 2;
+  int64_t begin = position + after + 1 - window.kernel_size, end = position + after + 1;
+  if (window.edge == Edge::kShift && !window.causal) {
+    if (position < window.kernel_size) begin = 0;
+    if (position >= length - window.kernel_size) end = length;
+  }
+  if (begin < 0) begin = 0;
+  if (end > length) end = length;
+  return {phase + begin * window.dilation, end - begin};
+}
+
+// Throws std::invalid_argument for a problem that makes no sense.
+void check(const LocalAttentionProblem& problem);
 
 // o = attention(q, k, v). Throws std::invalid_argument before memory is touched.
 void local_attention_forward(const LocalAttentionProblem& problem, const StridedRows& q,

@@ -2,7 +2,6 @@
 #include "preparam_step/preparam_step.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,25 +33,10 @@ const PreParamKernels& kernels() {
   }
 }
 
-void require(bool condition, const char* name, double value, const char* allowed) {
-  if (condition) return;
-  throw std::invalid_argument(std::string(name) + " must be " + allowed + ", got " +
-                              std::to_string(value));
-}
-
-void check(const PreParamStep& step, int threads) {
-  require(std::isfinite(step.lr), "lr", step.lr, "finite");
-  require(std::isfinite(step.momentum), "momentum", step.momentum, "finite");
-  require(std::isfinite(step.dampening), "dampening", step.dampening, "finite");
-  require(std::isfinite(step.weight_decay), "weight_decay", step.weight_decay, "finite");
-  require(std::isfinite(step.gradient_scale), "gradient_scale", step.gradient_scale, "finite");
-  require(std::isfinite(step.scale) && step.scale != 0, "scale", step.scale, "finite and not zero");
-  require(threads >= 1, "threads", threads, "at least 1");
-  const bool half = step.param == DType::kFloat16 || step.param == DType::kBFloat16;
-  if (step.pre_param != step.param && !(half && step.pre_param == DType::kFloat32)) {
-    throw std::invalid_argument(
-        "pre_param must have the type of param, or float32 with a param of float16 or bfloat16");
-  }
+void check(const PreParamStep& step, const PreParamRun* runs, int64_t count, int threads) {
+  ca3d::check(step, runs, count);
+  if (threads >= 1) return;
+  throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
 }
 
 size_t element_size(DType dtype) {
@@ -75,17 +59,6 @@ std::vector<PreParamRun> pieces(const PreParamStep& step, const PreParamRun* run
   std::vector<PreParamRun> cut;
   for (int64_t i = 0; i < count; ++i) {
     const PreParamRun& run = runs[i];
-    if (run.count < 0) {
-      throw std::invalid_argument("tensor " + std::to_string(i) + " has " +
-                                  std::to_string(run.count) + " elements");
-    }
-    if (run.count > 0 && !(run.param && run.grad && run.pre_param)) {
-      throw std::invalid_argument("tensor " + std::to_string(i) + " has a null pointer");
-    }
-    if (run.count > 0 && !cut.empty() && !run.momentum != !cut.front().momentum) {
-      throw std::invalid_argument("either all tensors have a momentum or none, see tensor " +
-                                  std::to_string(i));
-    }
     for (int64_t at = 0; at < run.count; at += kPreParamRun) {
       cut.push_back(
           {advance(run.param, at, step.param), advance(const_cast<void*>(run.grad), at, step.param),
@@ -106,14 +79,14 @@ int team(const std::vector<PreParamRun>& cut, int threads) {
 
 void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
                        int threads, PreParamLargest* largest) {
-  check(step, threads);
+  check(step, runs, count, threads);
   const std::vector<PreParamRun> cut = pieces(step, runs, count);
   kernels().step(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads), largest);
 }
 
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
                                  int threads, const PreParamLargest* largest) {
-  check(step, threads);
+  check(step, runs, count, threads);
   const std::vector<PreParamRun> cut = pieces(step, runs, count);
   return kernels().overflows(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads),
                              largest);

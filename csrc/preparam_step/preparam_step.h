@@ -40,6 +40,9 @@ struct PreParamRun {
 // Longest run that one thread takes at a time.
 constexpr int64_t kPreParamRun = 16384;
 
+// Throws std::invalid_argument for options, types or runs that don't fit together.
+void check(const PreParamStep& step, const PreParamRun* runs, int64_t count);
+
 // Largest magnitudes of theta and m in a piece of kPreParamRun elements (the last of a run may be
 // shorter). NaN when they are not known.
 struct PreParamLargest {

@@ -2,12 +2,27 @@
 more, and wait long for them on a busy machine."""
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 from attention_cases import threads
+from cuda_emulation import build_module, registered
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     with threads(1):
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The module `_cuda`, built once for the host."""
+    return build_module(tmp_path_factory.mktemp("cuda-emulation"))
+
+
+@pytest.fixture
+def emulated_cuda(emulated_library: ModuleType) -> Iterator[ModuleType]:
+    """Backend "cuda" takes CPU tensors here, and runs the CUDA sources on the host."""
+    with registered(emulated_library):
+        yield emulated_library

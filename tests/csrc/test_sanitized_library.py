@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TESTS = (
     "local_attention/test_native.py",
     "local_attention/test_parity.py",
-    "norm_relu_conv/test_functional.py",
+    "norm_relu_conv/test_native.py",
     "norm_relu_conv/test_parity.py",
     "preparam_step/test_parity.py",
     "preparam_step/test_plan.py",

@@ -19,6 +19,7 @@ from ca3d_kernels import (
     published_key_table,
 )
 from ca3d_kernels.local_attention import reference
+from ca3d_kernels.triton_launch import interpreted
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels-last", "sliced", "expanded", "transposed")
@@ -42,6 +43,7 @@ class Problem:
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
     packed: bool = False
+    device: str = "cpu"
 
     def options(self) -> dict:
         tables = {
@@ -132,7 +134,7 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
         # T slower than everything that follows the first dimension, as in a projection's output.
         return x.movedim(-2, 0).contiguous().movedim(0, -2)
     if layout == "sliced":
-        wide = torch.full([n + 3 for n in x.shape], math.nan, dtype=x.dtype)
+        wide = torch.full([n + 3 for n in x.shape], math.nan, dtype=x.dtype, device=x.device)
         view = wide[tuple(slice(1, n + 1) for n in x.shape)]
         return view.copy_(x)
     if layout == "expanded":
@@ -145,8 +147,11 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
 def operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and the incoming gradient, in the problem's layouts."""
     shape = (*problem.lead, problem.heads, 3, problem.frames, problem.head_dim)
-    qkv = with_layout(torch.randn(shape).to(problem.dtype), problem.layout)
+    # Drawn on the CPU: the same numbers on every device.
+    qkv = torch.randn(shape).to(problem.dtype).to(problem.device)
+    qkv = with_layout(qkv, problem.layout)
     grad = torch.randn((*problem.lead, problem.heads, *shape[-2:])).to(problem.dtype)
+    grad = grad.to(problem.device)
     return *qkv.unbind(-3), with_layout(grad, problem.grad_layout)
 
 
@@ -168,7 +173,7 @@ def run(
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             output = local_temporal_attention(*leaves, **options)
             results = [output.detach(), *torch.autograd.grad(output, leaves, grad)]
-    return results, (q, k, v, grad)
+    return [x.cpu() for x in results], tuple(x.cpu() for x in (q, k, v, grad))
 
 
 def define(problem: Problem, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
@@ -287,6 +292,18 @@ def check(problem: Problem, backend: str) -> None:
             assert_rounded(name, ours, exact)
 
 
+def triton_takes(problem: Problem) -> bool:
+    """Whether the documented limits of the Triton kernels allow a problem."""
+    if problem.dtype == torch.float64 or problem.head_dim > 128:
+        return False
+    rows = 16 if problem.dtype == torch.float32 and problem.head_dim > 64 else 32
+    if problem.table != "own":
+        rows //= 1 << (problem.heads - 1).bit_length()
+    window = (problem.kernel_size - 1) * problem.dilation
+    halo = 4 * window if problem.edge == "shift" and not problem.causal else 2 * window
+    return 1 << (problem.frames - 1).bit_length() <= rows or halo < rows
+
+
 NAMED = {
     "one frame": Problem(frames=1),
     "one frame, shifted": Problem(frames=1, edge="shift", kernel_size=4),
@@ -318,7 +335,12 @@ NAMED = {
 
 
 def backends_here() -> list:
-    """The backends that can run CPU tensors in this process, as pytest parameters."""
+    """The backends that can run CPU tensors in this process, as pytest parameters.
+
+    Where Triton's interpreter is active, that is what the process is there to test.
+    """
+    if interpreted():
+        return [pytest.param("triton")]
     reasons = backends.explain("local_attention", "cpu")
     return [
         pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=f"{name}: {reason}"))

@@ -90,8 +90,8 @@ def test_fused_convolutions_are_counted() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     y = torch.randn(2, 4, 6, 6, requires_grad=True)
-    one, weight = torch.ones(4, requires_grad=True), torch.randn(8, 2, 3, 3, requires_grad=True)
-    options: dict[str, Any] = {"stride": 2, "padding": 1, "groups": 2}
+    one, weight = torch.ones(4, requires_grad=True), torch.randn(8, 4, 3, 3, requires_grad=True)
+    options: dict[str, Any] = {"stride": 2, "padding": 1}
     counts = []
     for run in (
         lambda: norm_relu_conv(y, one, one, weight, **options).output,

@@ -1,11 +1,11 @@
-"""Bad input of the public functions and of the compiled library."""
+"""Bad input of the public functions."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from ca3d_kernels import backends, norm_relu, norm_relu_conv
+from ca3d_kernels import norm_relu, norm_relu_conv
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -81,24 +81,3 @@ def test_bad_input_without_a_convolution() -> None:
         norm_relu(y, one, one, y[:1])
     with pytest.raises(TypeError, match="relu must be a bool"):
         norm_relu(y, one, one, relu=None)  # type: ignore[arg-type]
-
-
-def test_the_library_refuses_bad_sizes() -> None:
-    native = backends.native()
-    assert native is not None
-    for rows, channels, threads, message in (
-        (0, 4, 1, "rows must be at least 1, got 0"),
-        (4, 0, 1, "channels must be at least 1, got 0"),
-        (4, 4, 0, "threads must be at least 1, got 0"),
-    ):
-        matrix, none = (rows, channels), (0, 0)
-        with pytest.raises(ValueError, match=message):
-            native.normalise("float32", matrix, True, none, 0.0, 0, 0, none, 0, False, threads)
-        with pytest.raises(ValueError, match=message):
-            native.normalise_again("float32", matrix, True, none, 0.0, 0, none, 0, False, threads)
-        with pytest.raises(ValueError, match=message):
-            native.normalise_backward(
-                "float32", matrix, True, none, 0.0, 0, none, 0, 0, 0, none, threads
-            )
-    with pytest.raises(ValueError, match="dtype 'int8' is not supported"):
-        native.normalise("int8", (1, 1), True, (0, 0), 0.0, 0, 0, (0, 0), 0, False, 1)

@@ -1,0 +1,136 @@
+"""The library of CUDA kernels: whether it can run here, and where its kernels go."""
+
+import functools
+import importlib
+import re
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    # torch first, for the same reasons as in backends.py.
+    try:
+        return importlib.import_module("ca3d_kernels._cuda"), None
+    except ModuleNotFoundError:
+        reason = "the CUDA library is not built (nvcc was not found at the installation, or failed)"
+        return None, reason
+    except ImportError as error:
+        return None, f"the CUDA library can't be loaded ({error})"
+
+
+def library() -> ModuleType:
+    """The compiled module `ca3d_kernels._cuda`, loaded at the first call.
+
+    It is built only where ``nvcc`` is found, and can be loaded, and plan launches, without a GPU.
+
+    Raises:
+        ImportError: it is not built, or can't be loaded.
+
+    Example:
+        >>> try:
+        ...     print(callable(library().local_attention_forward))
+        ... except ImportError:
+        ...     print(True)
+        True
+    """
+    module, reason = _load()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+def unavailable(device: str) -> str | None:
+    """Why the CUDA library can't run on tensors of a device type, or None when it can.
+
+    Example:
+        >>> unavailable("cpu")
+        'it serves CUDA tensors only'
+    """
+    if device != "cuda":
+        return "it serves CUDA tensors only"
+    return _obstacle()
+
+
+@functools.cache
+def _obstacle() -> str | None:
+    module, reason = _load()
+    if module is None:
+        return reason
+    if torch.version.hip:
+        return "torch is a build for ROCm"
+    driver, runtime = module.driver_version(), module.runtime_version()
+    if obstacle := driver_obstacle(driver, runtime):
+        return obstacle
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not covers(module.architectures(), capability, driver >= runtime):
+            name = f"cuda:{index} is of sm_{capability[0]}{capability[1]}"
+            return f"{name}, the CUDA library was built for {module.architectures()}"
+    return None
+
+
+def driver_obstacle(driver: int, runtime: int) -> str | None:
+    """Why a driver can't run a library built with a CUDA runtime, or None when it can.
+
+    A driver runs what any release of the same major version built.
+
+    Args:
+        driver: newest CUDA version that the driver supports, such as 12040; 0 without a driver.
+        runtime: CUDA version of the library, such as 13000.
+
+    Example:
+        >>> driver_obstacle(12040, 13000)
+        'the driver supports CUDA up to 12.4, the CUDA library was built with 13.0'
+        >>> driver_obstacle(0, 13000)
+        'there is no NVIDIA driver'
+        >>> driver_obstacle(13000, 13010) is None
+        True
+    """
+    if driver == 0:
+        return "there is no NVIDIA driver"
+    if driver // 1000 >= runtime // 1000:
+        return None
+    supported, built = (f"{x // 1000}.{x % 1000 // 10}" for x in (driver, runtime))
+    return f"the driver supports CUDA up to {supported}, the CUDA library was built with {built}"
+
+
+def covers(architectures: str, capability: tuple[int, int], compiles: bool = True) -> bool:
+    """Whether compiled kernels run on a GPU.
+
+    Machine code runs on GPUs of the same major version that are not older; PTX on all that are not
+    older, if the driver can compile it.
+
+    Args:
+        architectures: what the kernels were compiled to, such as ``"sm_80,sm_90,compute_80"``.
+        capability: compute capability of the GPU.
+        compiles: whether the driver is new enough for the PTX.
+
+    Example:
+        >>> covers("sm_80,sm_90", (8, 9)), covers("sm_80,sm_90", (12, 0))
+        (True, False)
+        >>> covers("sm_80,compute_80", (12, 0)), covers("sm_80,compute_80", (7, 5))
+        (True, False)
+    """
+    for kind, digits in re.findall(r"(sm|compute)_(\d+)", architectures):
+        built = (int(digits[:-1]), int(digits[-1]))
+        same_code = kind == "sm" and built[0] == capability[0]
+        if built <= capability and (same_code or (kind == "compute" and compiles)):
+            return True
+    return False
+
+
+def place(x: Tensor) -> tuple[int, int]:
+    """Device number and address of the current stream, for a kernel that works on a tensor.
+
+    Example:
+        >>> place(torch.zeros(1))
+        (0, 0)
+    """
+    if x.device.type != "cuda":
+        return 0, 0
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream

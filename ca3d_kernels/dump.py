@@ -1,0 +1,186 @@
+"""``python -m ca3d_kernels dump-kernels``: kernels as PTX, with all that is needed to launch them.
+
+For each kernel and problem size three files are written: ``NAME.ptx``, ``NAME.cubin`` (the same,
+assembled) and ``NAME.json``, which describes the launch: the name of the entry, its parameters in
+order, grid, block and dynamic shared memory. Nothing runs, and no GPU is needed.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ca3d_kernels.triton_launch import Launch
+
+
+class Compiled(NamedTuple):
+    """A kernel, compiled for one problem.
+
+    Attributes:
+        op, backend, problem: what it is for.
+        entry: name of the entry in the PTX.
+        ptx, cubin: the code.
+        parameters: of the entry, in order: each with name, type and meaning, and with either the
+            dtype, shape and strides of the tensor that it points to or its value.
+        grid, block: three numbers each.
+        shared: bytes of dynamic shared memory.
+    """
+
+    op: str
+    backend: str
+    problem: dict[str, Any]
+    entry: str
+    ptx: str
+    cubin: bytes
+    parameters: list[dict[str, Any]]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+
+
+# A backend's kernels: a function of the architecture and of the changed problem keys (or None).
+Source = Callable[[str, Mapping[str, str] | None], Iterator[Compiled]]
+
+_MEANINGS = {
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "o": "output, written",
+    "do": "gradient of the output",
+    "dq": "gradient of q, written",
+    "dk": "gradient of k, written",
+    "dv": "gradient of v, written",
+    "x": "pixels (B, T, N, C)",
+    "dx": "gradient of x, written",
+    "weight": "rows of q, k and v of each head",
+    "bias": "of q, k and v of each head; not read if there is none",
+    "partial_weight": "each program's share of the weight's gradient, written; sum over the first",
+    "partial_bias": "each program's share of the bias' gradient, written; sum over the first",
+    "key_counts": "how often (head, source head, slot) occurs in the key table; not read without",
+    "sequences": "outer * inner * heads",
+    "heads": "number of heads",
+    "inner": "size of the dimension before the heads",
+    "positions": "B * N",
+    "frames": "number of frames T",
+    "blocks": "tiles that a clip is cut into",
+    "tiles": "number of tiles",
+    "kernel_size": "slots of the window",
+    "dilation": "frames between neighbouring slots",
+    "before": "slots of the window before its query's frame",
+    "shift": "1 if windows move inwards at the ends of the clip",
+    "zeros": "1 if slots outside the clip take part with logit 0 and value 0",
+    "scale": "factor of the logits",
+    "chunks": "rows of 5: addresses of the chunk's w, gradient, theta and momentum, and how many "
+    "elements it has (at most 4096)",
+    "hyper": "lr, momentum, 1 - dampening, weight decay, c and k",
+    "found_inf": "set to 1 by the search; a step with it does nothing unless it is 0",
+}
+
+
+def _meaning(name: str) -> str:
+    operand, _, dim = name.rpartition("_")
+    if operand in _MEANINGS and dim in ("outer", "inner", "head", "frame"):
+        return f"stride of {operand} in its dimension {dim}, in elements"
+    return _MEANINGS[name]
+
+
+def describe(launch: Launch, types: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The parameters of a Triton kernel's entry.
+
+    Args:
+        launch: the launch.
+        types: Triton's types of all parameters; see `ca3d_kernels.triton_compile.signature`.
+
+    Returns:
+        One dictionary for each parameter, in order.
+    """
+    parameters: list[dict[str, Any]] = []
+    for name, kind in types.items():
+        if kind == "constexpr":
+            continue
+        value = launch.arguments[name]
+        entry: dict[str, Any] = {"name": name, "type": kind, "meaning": _meaning(name)}
+        if isinstance(value, Tensor):
+            entry["dtype"] = str(value.dtype).removeprefix("torch.")
+            entry["shape"] = list(value.shape)
+            entry["strides"] = list(value.stride())
+            if launch.contents and name in launch.contents:
+                entry["contents"] = launch.contents[name].flatten().tolist()
+        else:
+            entry["value"] = value
+        parameters.append(entry)
+    scratch = ("global_scratch", "profile_scratch")
+    return parameters + [
+        {"name": name, "type": "*i8", "meaning": "not used by this kernel", "value": 0}
+        for name in scratch
+    ]
+
+
+def triton_kernels(arch: str, changes: Mapping[str, str] | None) -> Iterator[Compiled]:
+    """The Triton kernels of every op; see `Source`."""
+    from ca3d_kernels import problems, triton_compile
+    from ca3d_kernels.backends import UnsupportedInputError
+
+    for case in problems.cases(changes):
+        try:
+            launches = problems.launches(case, arch)
+        except UnsupportedInputError as limit:
+            print(f"{case.op}, {case.name}: not for triton: {limit}")
+            continue
+        for launch in launches:
+            compiled = triton_compile.compile_for(launch, arch)
+            assembly = compiled.asm
+            constants = {key: str(value) for key, value in launch.constants.items()}
+            yield Compiled(
+                op=case.op,
+                backend="triton",
+                problem={"name": case.name, **case.values, "constants": constants},
+                entry=compiled.metadata.name,
+                ptx=assembly["ptx"],
+                cubin=assembly["cubin"],
+                parameters=describe(launch, triton_compile.signature(launch)),
+                grid=(launch.programs, 1, 1),
+                block=(32 * launch.num_warps, 1, 1),
+                shared=compiled.metadata.shared,
+            )
+
+
+# What `dump` writes; a backend adds its kernels here.
+SOURCES: list[Source] = [triton_kernels]
+
+
+def dump(arch: str, out: Path, changes: Mapping[str, str] | None = None) -> list[Path]:
+    """Writes all kernels for an architecture.
+
+    Args:
+        arch: such as ``"sm_90"``.
+        out: folder; made if missing.
+        changes: see `ca3d_kernels.problems.cases`.
+
+    Returns:
+        The JSON files.
+
+    Raises:
+        ValueError: arch or a key of the problem is not known.
+        ImportError: triton is not installed.
+    """
+    if not re.fullmatch(r"sm_\d+", arch):
+        raise ValueError(f"--arch must be like sm_90, got {arch!r}")
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for source in SOURCES:
+        for number, kernel in enumerate(source(arch, changes)):
+            problem = re.sub(r"[^\w=]+", "-", kernel.problem["name"])
+            stem = f"{kernel.backend}-{number:02}-{kernel.entry}-{problem}-{arch}"
+            (out / f"{stem}.ptx").write_text(kernel.ptx)
+            (out / f"{stem}.cubin").write_bytes(kernel.cubin)
+            about = kernel._asdict()
+            del about["ptx"], about["cubin"]
+            about |= {"arch": arch, "ptx": f"{stem}.ptx", "cubin": f"{stem}.cubin"}
+            file = out / f"{stem}.json"
+            file.write_text(json.dumps(about, indent=2) + "\n")
+            written.append(file)
+    return written

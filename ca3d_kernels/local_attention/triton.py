@@ -1,0 +1,251 @@
+"""Launches the Triton kernels of local temporal attention."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ca3d_kernels import triton_launch
+from ca3d_kernels.backends import UnsupportedInputError
+from ca3d_kernels.local_attention import triton_kernels
+from ca3d_kernels.local_attention.op import Options
+from ca3d_kernels.triton_launch import Launch
+
+_CPU = torch.device("cpu")
+# Numbers of the operand's dtype that hold a float32 weight; 1 multiplies in float32.
+_PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class Tile(NamedTuple):
+    """How a launch cuts the problem; see the module `triton_kernels`.
+
+    Attributes:
+        rows: of a tile.
+        frames: of each sequence in a tile, the halo included.
+        owned: frames of each sequence that a tile writes.
+        front: frames of the halo before them.
+        table_heads: sequences of a position, with a key table, else 0.
+    """
+
+    rows: int
+    frames: int
+    owned: int
+    front: int
+    table_heads: int
+
+    def blocks(self, frames: int) -> int:
+        """Tiles that a clip of so many frames is cut into."""
+        return -(-frames // self.owned)
+
+    def groups(self, positions: int, heads: int) -> int:
+        """Tiles next to each other, for all positions and heads."""
+        places = self.rows // self.frames
+        if self.table_heads:
+            return -(-positions // (places // self.table_heads))
+        return -(-positions * heads // places)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two that isn't below a positive number.
+
+    Example:
+        >>> power_of_two(5), power_of_two(8)
+        (8, 8)
+    """
+    return 1 << (least - 1).bit_length()
+
+
+def _reach(options: Options) -> tuple[int, int]:
+    """How many frames before and after a frame its window can reach."""
+    window = (options.kernel_size - 1) * options.dilation
+    if options.edge == "shift" and not options.causal:
+        return window, window
+    return before(options) * options.dilation, window - before(options) * options.dilation
+
+
+def before(options: Options) -> int:
+    """How many slots of a window lie before its query's frame.
+
+    Example:
+        >>> before(Options(kernel_size=5)), before(Options(kernel_size=5, causal=True))
+        (2, 4)
+    """
+    return options.kernel_size - 1 if options.causal else options.kernel_size // 2
+
+
+def tile(heads: int, frames: int, options: Options, *, largest: int, backward: bool) -> Tile:
+    """Cuts a problem into tiles.
+
+    Args:
+        heads, frames: of the operands.
+        options: of the op.
+        largest: rows of the largest tile; a power of two.
+        backward: whether every key of a tile's own needs all queries that it meets, and these
+            queries all of their keys.
+
+    Raises:
+        UnsupportedInputError: a block of a long clip has no room beside its halo.
+
+    Example:
+        >>> tile(4, 8, Options(), largest=32, backward=False)
+        Tile(rows=16, frames=8, owned=8, front=0, table_heads=0)
+    """
+    table_heads = power_of_two(heads) if options.key_table else 0
+    sequences = max(table_heads, 1)
+    whole = power_of_two(frames)
+    if sequences * whole <= largest:
+        rows = max(16, sequences * whole)
+        return Tile(rows, whole, whole, 0, table_heads)
+    back, ahead = _reach(options)
+    if backward:
+        back = ahead = back + ahead
+    span = largest // sequences
+    if span <= back + ahead:
+        per_head = f" for each of {heads} heads of a key table" if options.key_table else ""
+        raise UnsupportedInputError(
+            f"{frames} frames are more than the {span} that a tile holds{per_head}, and the "
+            f"{'backward' if backward else 'forward'} pass needs {back + ahead} of these beside "
+            f"its own, with kernel_size {options.kernel_size} and dilation {options.dilation}"
+        )
+    return Tile(largest, span, span - back - ahead, back, table_heads)
+
+
+@functools.lru_cache(maxsize=64)
+def _key_counts(
+    table: tuple[int, ...], heads: int, kernel_size: int, device: torch.device
+) -> Tensor:
+    """How often (head, source head, window slot) occurs in a key table, int8."""
+    counts = torch.zeros(heads, heads, kernel_size, dtype=torch.int32)
+    pairs = torch.tensor(table, dtype=torch.int64).view(heads, kernel_size, 2)
+    head = torch.arange(heads).unsqueeze(1).expand(heads, kernel_size)
+    one = torch.ones((), dtype=torch.int32)
+    counts.index_put_((head, pairs[..., 0], pairs[..., 1]), one, accumulate=True)
+    return counts.to(torch.int8).to(device)
+
+
+def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launch:
+    """The launch of a kernel on operands (outer, inner, heads, T, head_dim), by their names."""
+    q = operands["q"]
+    outer, inner, heads, frames, head_dim = q.shape
+    if q.dtype not in _PARTS:
+        raise UnsupportedInputError(f"dtype {q.dtype} is not float16, bfloat16 or float32")
+    if head_dim > 128:
+        raise UnsupportedInputError(f"head_dim {head_dim} is above 128")
+    if options.key_table and options.kernel_size > 127:
+        raise UnsupportedInputError(f"kernel_size {options.kernel_size} is above 127")
+    parts = _PARTS[q.dtype] if triton_launch.has_tensor_cores(q.device) else 1
+    # What fits into registers: products outside of the tensor cores need many.
+    largest = 16 if parts == 1 and head_dim > 64 else 32
+    cut = tile(heads, frames, options, largest=largest, backward="do" in operands)
+    blocks, groups = cut.blocks(frames), cut.groups(outer * inner, heads)
+    if outer * inner * heads >= 2**31 - 64 or blocks * groups >= 2**31:
+        raise UnsupportedInputError(f"{outer * inner * heads} sequences are too many")
+    table = options.key_table
+    counts = _key_counts(tuple(table), heads, options.kernel_size, q.device) if table else None
+    strides = {
+        f"{name}_{dim}": stride
+        for name, x in operands.items()
+        for dim, stride in zip(("outer", "inner", "head", "frame"), x.stride(), strict=False)
+    }
+    numbers = {
+        "sequences": outer * inner * heads,
+        "heads": heads,
+        "inner": inner,
+        "frames": frames,
+        "blocks": blocks,
+        "kernel_size": options.kernel_size,
+        "dilation": options.dilation,
+        "before": before(options),
+        "shift": int(options.edge == "shift" and not options.causal),
+        "zeros": float(options.edge == "zero"),
+        "scale": head_dim**-0.5 if options.scale is None else options.scale,
+    }
+    constants = {
+        "HEAD_DIM": head_dim,
+        "COLUMNS": max(16, power_of_two(head_dim)),
+        "ALIGNED": triton_launch.alignment(*operands.values()),
+        "PARTS": parts,
+        "ROWS": cut.rows,
+        "FRAMES": cut.frames,
+        "OWNED": cut.owned,
+        "FRONT": cut.front,
+        "TABLE_HEADS": cut.table_heads,
+    }
+    arguments = {**operands, "key_counts": q if counts is None else counts, **strides, **numbers}
+    function = getattr(triton_kernels, kernel)
+    num_warps = cut.rows // 8 * (2 if head_dim > 64 else 1) * (2 if parts == 1 else 1)
+    contents = None
+    if table and q.is_meta:
+        contents = {"key_counts": _key_counts(tuple(table), heads, options.kernel_size, _CPU)}
+    # Without a limit of its own the assembler stops at 128 registers on some GPUs, and spills.
+    limits = {"maxnreg": 255} if "do" in operands and num_warps <= 8 else None
+    return Launch(
+        function,
+        blocks * groups,
+        arguments,
+        constants,
+        num_warps,
+        options=limits,
+        contents=contents,
+    )
+
+
+def forward_launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options) -> Launch:
+    """The launch of the forward kernel; see `op.Kernels`.
+
+    Raises:
+        UnsupportedInputError: naming the limit of the kernel.
+
+    Example:
+        >>> x = torch.empty(2, 196, 4, 8, 64, dtype=torch.float16, device="meta")
+        >>> forward_launch(x, x, x, x, Options()).programs
+        784
+    """
+    return _launch("attention_forward", {"q": q, "k": k, "v": v, "o": o}, options)
+
+
+def backward_launch(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    options: Options,
+) -> Launch:
+    """The launch of the backward kernel; see `op.Kernels`.
+
+    Raises:
+        UnsupportedInputError: naming the limit of the kernel.
+
+    Example:
+        >>> x = torch.empty(2, 196, 4, 8, 64, dtype=torch.float16, device="meta")
+        >>> backward_launch(x, x, x, x, x, x, x, Options()).num_warps
+        2
+    """
+    operands = {"q": q, "k": k, "v": v, "do": grad, "dq": dq, "dk": dk, "dv": dv}
+    return _launch("attention_backward", operands, options)
+
+
+class TritonKernels:
+    """Runs the Triton kernels; see `op.Kernels`."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options) -> None:
+        """Writes the attention output into o."""
+        triton_launch.run(forward_launch(q, k, v, o, options))
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        options: Options,
+    ) -> None:
+        """Writes the gradients of q, k and v into dq, dk and dv."""
+        triton_launch.run(backward_launch(grad, q, k, v, dq, dk, dv, options))

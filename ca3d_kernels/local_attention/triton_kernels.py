@@ -1,0 +1,266 @@
+"""Triton kernels of local temporal attention.
+
+A program holds a tile of rows of head_dim elements: some frames of some sequences. A sequence is
+one head of one position. Every operand is read once, in vectors along head_dim. The window is then
+not a loop over slots but a matrix over pairs of rows (`_multiplicity`): how often the query in one
+row meets the key in another. It holds every option of the op (edge, dilation, causal, key table),
+all of them run-time data, and is 0 between sequences. The products with it cost little: tensor
+cores do them, and the kernel waits for memory.
+
+Sums over keys must keep the float32 precision of their weights, but tensor cores take half
+precision: `_weighted_sum` splits the weights into parts. The matrices have a leading dimension of
+1: Triton then multiplies them with ``mma.sync`` on every GPU.
+
+A clip that is longer than the tile is cut into blocks: rows before and after a block's own are
+its halo, read to be met but not written.
+"""
+
+import triton
+import triton.language as tl
+
+from ca3d_kernels.triton_numbers import infinity, is_negative, magnitude
+
+# Arguments whose values Triton would otherwise compile anew for: ALIGNED says what matters of them.
+RUN_TIME = [
+    "sequences", "heads", "inner", "frames", "blocks", "kernel_size", "dilation", "before", "shift",
+    "zeros", "scale",
+]  # fmt: skip
+RUN_TIME += [
+    f"{operand}_{dim}"
+    for operand in ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+    for dim in ("outer", "inner", "head", "frame")
+]
+
+
+@triton.jit
+def _dot(a, b):
+    """a @ b in float32: (M, K) and (K, N)."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
+    """weights @ x, with float32 weights (M, K) and x (K, N) of any dtype.
+
+    Each row of weights is scaled to at most 1 and split into PARTS numbers of x's dtype, whose
+    products with x are exact: 2 keep 22 bits in float16, 3 keep 24 in bfloat16. A row of x that
+    isn't finite reaches only the rows that it `meets`: 0 * inf would spread it over the tile.
+    """
+    finite = magnitude(x) < infinity(x.dtype)
+    clean = tl.where(finite, x, 0.0)  # [K, N]
+    if PARTS == 1:
+        total = _dot(weights, clean)
+    else:
+        unit = tl.maximum(tl.max(tl.abs(weights), 1), 1e-30)[:, None]
+        rest = weights / unit  # [M, K]
+        part = rest.to(x.dtype)
+        total = _dot(part, clean)  # [M, N]
+        for _ in tl.static_range(PARTS - 1):
+            rest -= part.to(tl.float32)
+            part = rest.to(x.dtype)
+            total += _dot(part, clean)
+        total *= unit
+    if tl.min(tl.min(finite.to(tl.float32), 1), 0) == 0:
+        # NaN counts as both infinities, whose sum is NaN.
+        nan = magnitude(x) > infinity(x.dtype)
+        negative = is_negative(x)
+        high = _dot(meets.to(x.dtype), (~finite & (nan | ~negative)).to(x.dtype))
+        low = _dot(meets.to(x.dtype), (~finite & (nan | negative)).to(x.dtype))
+        total += tl.where(high > 0, float("inf"), 0.0) - tl.where(low > 0, float("inf"), 0.0)
+    return total
+
+
+@triton.jit
+def _rows(
+    row, sequences, heads, frames, blocks,
+    ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
+    TABLE_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Position, head and frame of rows of this program's tile, and whether they exist.
+
+    Row i is frame ``i % FRAMES``, counted from the halo, of the tile's sequence ``i // FRAMES``.
+    With a key table all heads of a position are in one tile, TABLE_HEADS sequences for each.
+    """
+    program = tl.program_id(0)
+    group, block = program // blocks, program % blocks
+    place = row // FRAMES
+    frame = block * OWNED - FRONT + row % FRAMES
+    exists = (frame >= 0) & (frame < frames)
+    if TABLE_HEADS > 0:
+        head = place % TABLE_HEADS
+        position = group * (ROWS // FRAMES // TABLE_HEADS) + place // TABLE_HEADS
+        exists &= (head < heads) & (position < sequences // heads)
+    else:
+        sequence = group * (ROWS // FRAMES) + place
+        head = sequence % heads
+        position = sequence // heads
+        exists &= sequence < sequences
+    return position, head, frame, exists
+
+
+@triton.jit
+def _multiplicity(
+    sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
+    ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
+    TABLE_HEADS: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, ROWS): in how many slots the query of a row meets the key of a column."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, ROWS)[None, :]
+    position, head, t, queries = _rows(
+        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+    )
+    key_position, key_head, s, keys = _rows(
+        column, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+    )
+    exists = queries & keys & (position == key_position)  # [ROWS, ROWS]
+    if TABLE_HEADS > 0:
+        slot = s - t + before
+        exists &= (slot >= 0) & (slot < kernel_size)
+        entry = (head * heads + key_head) * kernel_size + slot
+        return tl.load(key_counts + entry, mask=exists, other=0).to(tl.float32)
+    # Frames of one dilation class are numbered 0, 1, ...: t is frame t // dilation of its class.
+    exists &= (head == key_head) & (t % dilation == s % dilation)
+    start = t // dilation - before
+    if shift:
+        length = (frames - t % dilation + dilation - 1) // dilation
+        start = tl.minimum(tl.maximum(start, 0), tl.maximum(length - kernel_size, 0))
+    slot = s // dilation - start
+    return (exists & (slot >= 0) & (slot < kernel_size)).to(tl.float32)
+
+
+@triton.jit
+def _offsets(position, head, frame, inner, outer_stride, inner_stride, head_stride, frame_stride,
+             ALIGNED: tl.constexpr):  # fmt: skip
+    """Where rows of an operand start, in elements; strides are multiples of ALIGNED."""
+    offset = (position // inner) * outer_stride + (position % inner) * inner_stride
+    offset += head * head_stride + frame * frame_stride
+    return tl.multiple_of(offset, [ALIGNED, ALIGNED])
+
+
+@triton.jit
+def _weights(q, k, count, kernel_size, zeros, scale):
+    """exp(logit - largest) times count, (ROWS, ROWS); the same of the slots that have
+    no key, (ROWS,); and the sum of both, (ROWS,)."""
+    logits = tl.where(count > 0, scale * _dot(q, tl.trans(k)), float("-inf"))
+    # Slots without a key take part with logit 0 if zeros is 1, and don't if it is 0.
+    absent = zeros * (kernel_size - tl.sum(count, 1))
+    largest = tl.max(logits, 1)
+    largest = tl.where((absent > 0) & (largest < 0), 0.0, largest)
+    # A row that doesn't exist has no key.
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    weights = count * tl.exp(logits - largest[:, None])
+    absent *= tl.exp(-largest)
+    total = tl.sum(weights, 1) + absent
+    return weights, absent, tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def _logit_gradients(weights, absent, total, dp, meets, scale):
+    """p, and the gradients of the logits times scale, from those of p; all (ROWS, ROWS)."""
+    p = weights / total[:, None]
+    # The mean is subtracted twice: where one key takes nearly all the weight, its difference from
+    # the mean is smaller than the mean's rounding error. Slots without a key have dp = 0.
+    mean = tl.sum(weights * dp, 1) / total
+    dp -= mean[:, None]
+    mean = (tl.sum(weights * dp, 1) - absent * mean) / total
+    return p, tl.where(meets, scale * p * (dp - mean[:, None]), 0.0)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def attention_forward(
+    q, k, v, o, key_counts,
+    q_outer: tl.int64, q_inner: tl.int64, q_head: tl.int64, q_frame: tl.int64,
+    k_outer: tl.int64, k_inner: tl.int64, k_head: tl.int64, k_frame: tl.int64,
+    v_outer: tl.int64, v_inner: tl.int64, v_head: tl.int64, v_frame: tl.int64,
+    o_outer: tl.int64, o_inner: tl.int64, o_head: tl.int64, o_frame: tl.int64,
+    sequences: tl.int32, heads: tl.int32, inner: tl.int32, frames: tl.int32, blocks: tl.int32,
+    kernel_size: tl.int32, dilation: tl.int32, before: tl.int32, shift: tl.int32,
+    zeros: tl.float32, scale: tl.float32,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
+    TABLE_HEADS: tl.constexpr,
+):  # fmt: skip
+    """o = softmax(scale q k^T) v over the window of each frame."""
+    row = tl.arange(0, ROWS)[:, None]
+    i = tl.arange(0, COLUMNS)[None, :]  # element of a row
+    position, head, frame, exists = _rows(
+        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+    )
+    inside = exists & (i < HEAD_DIM)  # [ROWS, COLUMNS]
+    at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
+    b_q = tl.load(q + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    at = _offsets(position, head, frame, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
+    b_k = tl.load(k + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    at = _offsets(position, head, frame, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
+    b_v = tl.load(v + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    if PARTS == 1:
+        b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
+    count = _multiplicity(
+        sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
+        ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
+    )  # [ROWS, ROWS]  # fmt: skip
+    weights, _, total = _weights(b_q, b_k, count, kernel_size, zeros, scale)
+    b_o = _weighted_sum(weights, b_v, count > 0, PARTS) / total[:, None]  # [ROWS, COLUMNS]
+    kept = inside & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
+    at = _offsets(position, head, frame, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
+    tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def attention_backward(
+    q, k, v, do, dq, dk, dv, key_counts,
+    q_outer: tl.int64, q_inner: tl.int64, q_head: tl.int64, q_frame: tl.int64,
+    k_outer: tl.int64, k_inner: tl.int64, k_head: tl.int64, k_frame: tl.int64,
+    v_outer: tl.int64, v_inner: tl.int64, v_head: tl.int64, v_frame: tl.int64,
+    do_outer: tl.int64, do_inner: tl.int64, do_head: tl.int64, do_frame: tl.int64,
+    dq_outer: tl.int64, dq_inner: tl.int64, dq_head: tl.int64, dq_frame: tl.int64,
+    dk_outer: tl.int64, dk_inner: tl.int64, dk_head: tl.int64, dk_frame: tl.int64,
+    dv_outer: tl.int64, dv_inner: tl.int64, dv_head: tl.int64, dv_frame: tl.int64,
+    sequences: tl.int32, heads: tl.int32, inner: tl.int32, frames: tl.int32, blocks: tl.int32,
+    kernel_size: tl.int32, dilation: tl.int32, before: tl.int32, shift: tl.int32,
+    zeros: tl.float32, scale: tl.float32,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
+    TABLE_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `attention_forward`; the probabilities are computed again.
+
+    Every row gathers its own dq, dk and dv from the tile: no atomics, the same bits every time.
+    The halo holds the queries that meet an own key, and all keys that these queries meet.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    i = tl.arange(0, COLUMNS)[None, :]  # element of a row
+    position, head, frame, exists = _rows(
+        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+    )
+    inside = exists & (i < HEAD_DIM)  # [ROWS, COLUMNS]
+    at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
+    b_q = tl.load(q + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    at = _offsets(position, head, frame, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
+    b_k = tl.load(k + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    at = _offsets(position, head, frame, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
+    b_v = tl.load(v + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    at = _offsets(position, head, frame, inner, do_outer, do_inner, do_head, do_frame, ALIGNED)
+    b_do = tl.load(do + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    if PARTS == 1:
+        b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
+        b_do = b_do.to(tl.float32)
+    count = _multiplicity(
+        sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
+        ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
+    )  # [ROWS, ROWS]  # fmt: skip
+    meets = count > 0
+    weights, absent, total = _weights(b_q, b_k, count, kernel_size, zeros, scale)
+    dp = tl.where(meets, _dot(b_do, tl.trans(b_v)), 0.0)  # [ROWS, ROWS]
+    p, ds = _logit_gradients(weights, absent, total, dp, meets, scale)
+    kept = inside & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
+    b_dv = _weighted_sum(tl.trans(p), b_do, tl.trans(meets), PARTS)
+    at = _offsets(position, head, frame, inner, dv_outer, dv_inner, dv_head, dv_frame, ALIGNED)
+    tl.store(dv + at + i, b_dv.to(dv.dtype.element_ty), mask=kept)
+    b_dq = _weighted_sum(ds, b_k, meets, PARTS)
+    at = _offsets(position, head, frame, inner, dq_outer, dq_inner, dq_head, dq_frame, ALIGNED)
+    tl.store(dq + at + i, b_dq.to(dq.dtype.element_ty), mask=kept)
+    b_dk = _weighted_sum(tl.trans(ds), b_q, tl.trans(meets), PARTS)
+    at = _offsets(position, head, frame, inner, dk_outer, dk_inner, dk_head, dk_frame, ALIGNED)
+    tl.store(dk + at + i, b_dk.to(dk.dtype.element_ty), mask=kept)

@@ -1,0 +1,128 @@
+"""The Triton step against its definition, bit for bit; runs in Triton's interpreter.
+
+Not collected by itself: `test_triton_interpreter.py` runs it in a process of its own.
+"""
+
+import pytest
+import torch
+from step_cases import DTYPES, assert_same_bits, parameters, set_gradients
+from torch import Tensor, nn
+
+from ca3d_kernels import LinearMapping, PreParamSGD, UnsupportedInputError, use_backend
+from ca3d_kernels.preparam_step import op
+from ca3d_kernels.preparam_step import triton as step
+from ca3d_kernels.preparam_step.reference import Hyperparameters
+
+SIZES = (0, 1, 15, 16, 17, 513, step.CHUNK, step.CHUNK + 1, 2 * step.CHUNK + 35)
+CASES = {
+    "plain": {},
+    "momentum, decay": {"momentum": 0.9, "weight_decay": 5e-3, "skip_nonfinite": True},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "dampening": {"momentum": 0.9, "dampening": 0.1},
+    "other map": {"momentum": 0.9, "mapping": LinearMapping(100.0, 0.1)},
+    "float32 masters": {"momentum": 0.9, "pre_param_dtype": torch.float32, "skip_nonfinite": True},
+}
+
+
+def trained(params: list[nn.Parameter], backend: str, **options: object) -> list[Tensor]:
+    optimizer = PreParamSGD(params, lr=0.01, backend=backend, **options)
+    with use_backend(backend, fallback=False):
+        for number in range(2):
+            set_gradients(params, seed=number)
+            optimizer.step()
+    assert optimizer.skipped_steps == 0
+    states = [value for w in params for value in optimizer.state[w].values()]
+    return [w.detach() for w in params] + states
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference_bit_for_bit(case: str, dtype: torch.dtype) -> None:
+    options = CASES[case]
+    if options.get("pre_param_dtype") and dtype == torch.float64:
+        options = {**options, "pre_param_dtype": torch.float64}
+    expected = trained(parameters(dtype, SIZES), "reference", **options)
+    actual = trained(parameters(dtype, SIZES), "triton", **options)
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        assert_same_bits(x, y, f"tensor {i}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_bit_pattern_of_a_gradient(dtype: torch.dtype) -> None:
+    grad = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    results = []
+    for backend in ("triton", "reference"):
+        w = nn.Parameter(torch.linspace(-1, 1, 2**16).to(dtype))
+        w.grad = grad
+        optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, backend=backend)
+        optimizer.step()
+        results.append([w, *optimizer.state[w].values()])
+    for x, y in zip(*results, strict=True):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 6e4])
+@pytest.mark.parametrize("where", [0, 4096 + 34, 2 * step.CHUNK + 34])
+def test_a_step_that_overflows_writes_nothing(where: int, bad: float) -> None:
+    # 6e4 is finite, but 128 times it isn't.
+    (w,) = parameters(torch.float16, [2 * step.CHUNK + 35])
+    before = w.detach().clone()
+    w.grad = torch.zeros_like(w)
+    w.grad[where] = bad
+    optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, skip_nonfinite=True, backend="triton")
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(w, before)
+    assert not optimizer.state[w]["momentum_buffer"].any()
+    w.grad[where] = 0
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+
+
+def test_tensors_that_are_not_aligned() -> None:
+    results = []
+    for backend in ("triton", "reference"):
+        storage = torch.linspace(-1, 1, 10_001).half()
+        params = [nn.Parameter(storage[1:5000]), nn.Parameter(storage[5008:])]
+        results.append(trained(params, backend, momentum=0.9))
+    for x, y in zip(*results, strict=True):
+        assert_same_bits(x, y)
+
+
+def batch(w: list[Tensor], lr: float = 0.1) -> op.Batch:
+    return op.Batch(w, w, w, [], Hyperparameters(lr), 128.0, 128.0, cache={})
+
+
+def test_tables_are_kept_until_an_address_changes() -> None:
+    w = [torch.zeros(5000), torch.zeros(3)]
+    first = batch(w)
+    tables = step.launches(first, None)[0].arguments
+    again = step.launches(first._replace(hyper=Hyperparameters(0.2)), None)[0].arguments
+    assert again["chunks"] is tables["chunks"]
+    # The same memory with another number in it: what a captured step reads.
+    assert again["hyper"] is tables["hyper"]
+    assert again["hyper"][0] == 0.2
+    moved = step.launches(first._replace(grads=[x.clone() for x in w]), None)[0].arguments
+    assert moved["chunks"] is not tables["chunks"]
+
+
+def test_refusals() -> None:
+    gaps = torch.zeros(6, 16)[:, ::2]
+    with pytest.raises(UnsupportedInputError, match="has gaps"):
+        step.launches(batch([gaps]), None)
+    mixed = batch([torch.zeros(3)])._replace(pre_params=[torch.zeros(3, dtype=torch.float64)])
+    with pytest.raises(UnsupportedInputError, match=r"of torch.float64 with .* torch.float32"):
+        step.launches(mixed, None)
+
+
+@pytest.mark.parametrize("flag", [0.0, 1.0])
+def test_a_flag_from_outside(flag: float) -> None:
+    (w,) = parameters(torch.float16, [100])
+    before = w.detach().clone()
+    w.grad = torch.ones_like(w)
+    optimizer = PreParamSGD([w], lr=0.5, backend="triton")
+    for _ in range(3):
+        optimizer.step(found_inf=torch.tensor([flag]))
+    assert torch.equal(w, before) == bool(flag)
+    assert optimizer.skipped_steps == 3 * flag
+    assert optimizer.state_dict()["skipped_steps"] == 3 * flag

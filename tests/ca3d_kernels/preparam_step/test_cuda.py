@@ -1,0 +1,167 @@
+"""The CUDA kernels of the pre-parameter step, run on the host by the emulation."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from cuda_emulation import ORDERS
+from pairwise import pairwise_cases
+from step_cases import DTYPES, assert_same_bits, parameters, set_gradients
+from torch import Tensor, nn
+
+from ca3d_kernels import LinearMapping, PreParamSGD
+from ca3d_kernels.preparam_step import op
+from ca3d_kernels.preparam_step.cuda import CudaKernels
+from ca3d_kernels.preparam_step.reference import Hyperparameters
+
+# A block takes 4096 elements, a vector up to 8.
+SIZES = (0, 1, 2, 7, 8, 17, 33, 513, 4096, 4097, 9001)
+HALVES = (torch.float16, torch.bfloat16)
+CASES = pairwise_cases(
+    {
+        "dtype": DTYPES,
+        "wide": (None, torch.float32),
+        "momentum": (0.0, 0.9),
+        "dampening": (0.0, 0.1),
+        "nesterov": (False, True),
+        "weight_decay": (0.0, 5e-3),
+        "mapping": (LinearMapping(), LinearMapping(100.0, 0.1), LinearMapping(0.3)),
+        "skip_nonfinite": (False, True),
+        "order": range(len(ORDERS)),
+    },
+    lambda case: (
+        (not case["nesterov"] or (case["momentum"] > 0 and case["dampening"] == 0))
+        and (case["wide"] is None or case["dtype"] in HALVES)
+    ),
+)
+
+
+def trained(params: list[nn.Parameter], backend: str, **options: object) -> list[Tensor]:
+    """Weights, pre-parameters and momenta after some steps."""
+    optimizer = PreParamSGD(params, lr=0.01, backend=backend, **options)
+    for step in range(3):
+        set_gradients(params, seed=step)
+        optimizer.step()
+    assert optimizer.skipped_steps == 0
+    states = [value for w in params for value in optimizer.state[w].values()]
+    return [w.detach() for w in params] + states
+
+
+def assert_all_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        assert_same_bits(x, y, f"tensor {i}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference_bit_for_bit(case: dict, emulated_cuda: ModuleType) -> None:
+    options = {k: v for k, v in case.items() if k not in ("dtype", "wide", "order")}
+    options["pre_param_dtype"] = case["wide"]
+    emulated_cuda.set_order(case["order"])
+    expected = trained(parameters(case["dtype"], SIZES), "reference", **options)
+    assert_all_same(trained(parameters(case["dtype"], SIZES), "cuda", **options), expected)
+
+
+@pytest.mark.parametrize("count", [81, 700])
+def test_many_tensors(count: int, emulated_cuda: ModuleType) -> None:
+    # More than a small table holds, and more than a large one.
+    sizes = [i % 5 for i in range(count)]
+    expected = trained(parameters(torch.float16, sizes), "reference", momentum=0.9)
+    assert_all_same(trained(parameters(torch.float16, sizes), "cuda", momentum=0.9), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unaligned_tensors(dtype: torch.dtype, emulated_cuda: ModuleType) -> None:
+    def shifted() -> list[nn.Parameter]:
+        return [nn.Parameter(w.detach()[1:]) for w in parameters(dtype, (66, 4200))]
+
+    expected = trained(shifted(), "reference", momentum=0.9)
+    assert_all_same(trained(shifted(), "cuda", momentum=0.9), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_bit_pattern_of_a_gradient(dtype: torch.dtype, emulated_cuda: ModuleType) -> None:
+    grad = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    results = []
+    for backend in ("cuda", "reference"):
+        w = nn.Parameter(torch.linspace(-1, 1, 2**16).to(dtype))
+        w.grad = grad
+        optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, backend=backend)
+        optimizer.step()
+        results.append([w, *optimizer.state[w].values()])
+    assert_all_same(*results)
+
+
+def batch_of(
+    grads: list[Tensor], dtype: torch.dtype, scale: float = 128.0, momentum: float = 0.9
+) -> op.Batch:
+    w = [torch.full_like(grad, 0.25) for grad in grads]
+    theta = [(x * scale).to(dtype) for x in w]
+    momenta = [torch.ones_like(x) for x in theta] if momentum else []
+    hyper = Hyperparameters(lr=0.5, momentum=momentum, weight_decay=0.01)
+    return op.Batch(w, grads, theta, momenta, hyper, scale, scale)
+
+
+@pytest.mark.parametrize("place", [0, 15, 4095, 4096, 4999])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 6e4])
+def test_overflows_are_found_anywhere(
+    place: int, value: float, emulated_library: ModuleType
+) -> None:
+    kernels = CudaKernels(emulated_library)
+    grads = [torch.zeros(9, dtype=torch.float16), torch.zeros(5000, dtype=torch.float16)]
+    found = kernels.overflows(batch_of(grads, torch.float16))
+    assert (found.item(), found.dtype) == (0, torch.float32)
+    grads[1][place] = value  # 128 * 6e4 is beyond float16 as momentum and as theta
+    batch = batch_of(grads, torch.float16)
+    before = [x.clone() for x in (*batch.params, *batch.pre_params, *batch.momenta)]
+    assert kernels.overflows(batch).item() == 1
+    after = [*batch.params, *batch.pre_params, *batch.momenta]
+    assert_all_same(after, before)
+
+
+def test_found_inf_skips_on_the_device(emulated_library: ModuleType) -> None:
+    kernels = CudaKernels(emulated_library)
+    batch = batch_of([torch.ones(5000)], torch.float32)
+    kernels.step(batch, found_inf=torch.ones(()))
+    assert bool((batch.params[0] == 0.25).all())
+    kernels.step(batch, found_inf=torch.zeros(()))
+    assert bool((batch.params[0] != 0.25).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_numbers_on_the_device(dtype: torch.dtype, emulated_library: ModuleType) -> None:
+    kernels = CudaKernels(emulated_library)
+    grads = [torch.linspace(-1, 1, 777).to(dtype)]
+    expected, actual = batch_of(grads, dtype, 100.0), batch_of(grads, dtype, 100.0)
+    kernels.step(expected._replace(gradient_scale=expected.gradient_scale / 3.0))
+    wrong = Hyperparameters(lr=9.0, momentum=0.1, weight_decay=9.0)
+    numbers = torch.tensor([0.5, 0.9, 0.0, 0.01, 100.0, 100.0], dtype=torch.float64)
+    three = torch.tensor(3.0)
+    kernels.step(
+        actual._replace(hyper=wrong, scale=7.0, gradient_scale=7.0),
+        numbers=numbers,
+        grad_scale=three,
+    )
+    assert_all_same(
+        [*actual.params, *actual.pre_params, *actual.momenta],
+        [*expected.params, *expected.pre_params, *expected.momenta],
+    )
+    with pytest.raises(ValueError, match="numbers must be a contiguous tensor of 6"):
+        kernels.step(actual, numbers=three)
+
+
+def test_launches_of_an_ordinary_model(emulated_library: ModuleType) -> None:
+    # 137 tensors, most of them small: one launch.
+    table: list[int] = []
+    sizes = [300] * 103 + [200_000] * 34
+    for i, size in enumerate(sizes):
+        table += [4096 * (i + 1)] * 4 + [size]
+    arguments = (torch.tensor(table).numpy(), "float16", "float16", (0.1, 0.9, 0, 0, 128.0, 1.0))
+    (plan,) = emulated_library.preparam_launches(*arguments, False, "nearest", (0, 0, 0), False)
+    assert plan["entry"] == "ca3d_preparam_step_float16_float16_large"
+    assert plan["grid"] == (103 + 34 * 49, 1, 1)
+    assert plan["block"] == (256, 1, 1)
+    (parameter,) = plan["parameters"]
+    assert len(parameter["bytes"]) <= 32764
+    fields = {x["name"]: x for x in parameter["fields"]}
+    at = fields["runs[136].count"]["offset"]
+    assert int.from_bytes(parameter["bytes"][at : at + 8], "little") == 200_000

@@ -1,0 +1,63 @@
+"""The fused Triton kernels against their definition; runs in Triton's interpreter.
+
+Not collected by itself: `test_triton_interpreter.py` runs it in a process of its own.
+"""
+
+import pytest
+import torch
+from qkv_cases import CASES, Case, check
+
+from ca3d_kernels import LocalTemporalAttention, UnsupportedInputError, use_backend
+from ca3d_kernels.qkv_attention import op
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: Case, dtype: torch.dtype) -> None:
+    with use_backend("triton", fallback=False):
+        check(case, dtype, "triton")
+
+
+def test_the_layer_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LocalTemporalAttention(64, 2, backend="triton", dtype=torch.float16)
+    x = torch.randn(2, 64, 8, 3, 3, dtype=torch.float16)
+    calls = []
+    run = op.qkv_attention
+    monkeypatch.setattr(op, "qkv_attention", lambda *a: (calls.append(a), run(*a))[1])
+    fused = layer(x)
+    assert len(calls) == 1
+    monkeypatch.setattr(op, "is_fused", lambda *a: False)
+    separate = layer(x)
+    assert len(calls) == 1
+    torch.testing.assert_close(fused, separate, rtol=4e-3, atol=4e-3)
+    assert fused.stride() == separate.stride()
+
+
+def test_infinities_stay_in_their_position() -> None:
+    case = Case(frames=4, positions=9)
+    x, weight, bias, _ = case.tensors(torch.float16)
+    clean = op.qkv_attention(x, weight, bias, case.options("triton"))
+    x[0, 1, 4, 3] = torch.inf
+    output = op.qkv_attention(x, weight, bias, case.options("triton"))
+    others = [n for n in range(9) if n != 4]
+    assert torch.equal(output[:, :, others], clean[:, :, others])
+    assert not output[0, 1, 4, : case.head_dim].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"frames": 17}, "17 frames are more than 16"),
+        ({"head_dim": 128}, "head_dim 128 is not 16, 32 or 64"),
+    ],
+)
+def test_refusals(changes: dict, reason: str) -> None:
+    case = Case(**changes)
+    x, weight, bias, _ = case.tensors(torch.float16)
+    with (
+        use_backend("triton", fallback=False),
+        pytest.raises(UnsupportedInputError, match=reason),
+    ):
+        op.qkv_attention(x, weight, bias, case.options("triton"))
+    with pytest.warns(RuntimeWarning, match=reason):
+        op.qkv_attention(x, weight, bias, case.options("triton"))

@@ -1,0 +1,110 @@
+"""The parity suites on a GPU, for every backend that serves one."""
+
+import pytest
+import torch
+from attention_cases import (
+    DTYPES,
+    NAMED,
+    PARAMETERS,
+    Problem,
+    allowed,
+    check,
+    run,
+    triton_takes,
+    vary,
+)
+from pairwise import pairwise_cases
+from qkv_cases import CASES, Case
+from qkv_cases import check as check_qkv
+from step_cases import assert_same_bits, parameters, set_gradients
+from torch import Tensor
+
+from ca3d_kernels import PreParamSGD, UnsupportedInputError, backends, use_backend
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device", allow_module_level=True)
+
+PROBLEMS = {
+    f"{name}, {dtype}": vary(problem, device="cuda", dtype=dtype)
+    for name, problem in NAMED.items()
+    for dtype in DTYPES
+}
+PROBLEMS |= {
+    str(problem): vary(problem, device="cuda")
+    for problem in (Problem(**case) for case in pairwise_cases(PARAMETERS, allowed))
+}
+
+
+def serving(op: str) -> list:
+    """The backends that serve CUDA tensors, as pytest parameters."""
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=f"{name}: {reason}"))
+        for name, reason in backends.explain(op, "cuda").items()
+    ]
+
+
+@pytest.mark.parametrize("backend", serving("local_attention"))
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_local_attention(name: str, backend: str) -> None:
+    problem = PROBLEMS[name]
+    if backend == "triton" and not triton_takes(problem):
+        with use_backend(backend, fallback=False), pytest.raises(UnsupportedInputError):
+            run(problem, backend)
+    else:
+        check(problem, backend)
+
+
+@pytest.mark.parametrize("backend", serving("local_attention"))
+def test_local_attention_repeats_its_bits(backend: str) -> None:
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        problem = Problem(lead=(3, 370), device="cuda", dtype=torch.float16, layout="channels-last")
+        runs.append(run(problem, backend)[0])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", serving("qkv_attention"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_qkv_attention(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check_qkv(case, dtype, backend, "cuda")
+
+
+def trained(backend: str, dtype: torch.dtype, device: str, skip: bool) -> list[Tensor]:
+    params = [torch.nn.Parameter(w.detach().to(device)) for w in parameters(dtype)]
+    optimizer = PreParamSGD(
+        params, lr=0.01, momentum=0.9, weight_decay=5e-3, skip_nonfinite=skip, backend=backend
+    )
+    for step in range(3):
+        copies = parameters(dtype)
+        set_gradients(copies, seed=step)
+        for w, copy in zip(params, copies, strict=True):
+            assert copy.grad is not None
+            w.grad = copy.grad.to(device)
+        optimizer.step()
+    assert optimizer.skipped_steps == 0
+    states = [value for w in params for value in optimizer.state[w].values()]
+    return [x.detach().cpu() for x in (*params, *states)]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", serving("preparam_step"))
+def test_preparam_step_is_that_of_the_cpu(backend: str, dtype: torch.dtype, skip: bool) -> None:
+    expected = trained("reference", dtype, "cpu", skip)
+    for i, (x, y) in enumerate(zip(trained(backend, dtype, "cuda", skip), expected, strict=True)):
+        assert_same_bits(x, y, f"tensor {i}")
+
+
+@pytest.mark.parametrize("backend", serving("preparam_step"))
+def test_a_step_that_overflows_writes_nothing(backend: str) -> None:
+    w = torch.nn.Parameter(torch.ones(10_001, dtype=torch.float16, device="cuda"))
+    w.grad = torch.ones_like(w)
+    w.grad[10_000] = torch.inf
+    optimizer = PreParamSGD([w], lr=0.5, skip_nonfinite=True, backend=backend)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert bool((w == 1).all())

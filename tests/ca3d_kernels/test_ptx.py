@@ -1,0 +1,215 @@
+"""The PTX that Triton makes of the kernels, run on the CPU: results, thread orders, traffic."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import assert_rounded
+from ptx_runner import ORDERS, needs_ptx_runner, races, run
+from torch import Tensor
+
+from ca3d_kernels.local_attention import reference
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from ca3d_kernels import problems
+from ca3d_kernels.local_attention import triton as attention
+from ca3d_kernels.preparam_step import triton as step
+from ca3d_kernels.preparam_step.op import ReferenceKernels
+from ca3d_kernels.qkv_attention import reference as qkv_reference
+from ca3d_kernels.qkv_attention import triton as qkv
+
+pytestmark = [pytest.mark.slow, needs_ptx_runner]
+# For sm_120 LLVM emits additions of mixed precision, which the runner misreads; only the
+# attention has none.
+ARCHS = ("sm_80", "sm_90")
+
+
+def shared(x: Tensor) -> Tensor:
+    """x in memory that a forked process shares, in its strides."""
+    storage = torch.UntypedStorage._new_shared(x.untyped_storage().nbytes())
+    y = torch.empty(0, dtype=x.dtype).set_(storage, x.storage_offset(), x.shape, x.stride())
+    return y.copy_(x)
+
+
+def assert_close(ours: Tensor, exact: Tensor, same_dtype: Tensor, name: str) -> None:
+    error = (ours.double() - exact).abs().max()
+    torch_error = (same_dtype.double() - exact).abs().max()
+    limit = 2 * torch_error + 2 * torch.finfo(ours.dtype).eps * exact.abs().max()
+    assert error <= limit, f"{name}: error {error:.3g}, allowed {limit:.3g}"
+
+
+def attention_tensors(values: dict[str, Any]) -> tuple[Tensor, ...]:
+    q, _, _, o, gradient = problems.attention_operands(values, torch.device("cpu"))
+    packed = shared(torch.randn((*q.shape[:3], 3, *q.shape[3:])).to(q.dtype))
+    packed = shared(packed.permute(0, 4, 1, 2, 3, 5).contiguous().permute(0, 2, 3, 4, 1, 5))
+    gradient = shared(torch.full_like(gradient, torch.nan))
+    grad = shared(torch.empty_like(o).copy_(torch.randn(o.shape)))
+    return *packed.unbind(-3), shared(torch.full_like(o, torch.nan)), grad, *gradient.unbind(-3)
+
+
+ATTENTION = {
+    "stage 1": {},
+    "stage 2": {"heads": 8, "frames": 4},
+    "published": {"edge": "zero", "published": True},
+    "one frame": {"frames": 1, "heads": 3},
+    "16 frames, dilated, shifted": {"frames": 16, "dilation": 2, "edge": "shift"},
+    "64 frames": {"frames": 64, "heads": 1},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float32": {"dtype": "float32", "frames": 5},
+    "head_dim 128": {"head_dim": 128, "causal": True},
+    "head_dim 20": {"head_dim": 20, "kernel_size": 4},
+}
+
+
+PAIRS = [(name, "sm_90") for name in ATTENTION]
+PAIRS += [(name, arch) for name in ("stage 1", "bfloat16") for arch in ("sm_80", "sm_120")]
+
+
+@pytest.mark.parametrize(("name", "arch"), PAIRS)
+def test_local_attention(name: str, arch: str) -> None:
+    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 3, **ATTENTION[name]}
+    q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
+    options = problems.options(values)
+    definition = options.definition()
+    forward = attention.forward_launch(q, k, v, o, options)
+    backward = attention.backward_launch(grad, q, k, v, dq, dk, dv, options)
+    if values["published"]:
+        for launch in (forward, backward):
+            counts = launch.arguments["key_counts"]
+            assert isinstance(counts, Tensor)
+            launch.arguments["key_counts"] = shared(counts)
+    exact, same = [
+        (
+            reference.attention(*operands, **definition),
+            *reference.attention_backward(do, *operands, **definition),
+        )
+        for *operands, do in ([t.double() for t in (q, k, v, grad)], (q, k, v, grad))
+    ]
+    results = []
+    for order in ORDERS:
+        run(forward, arch, order)
+        run(backward, arch, order)
+        results.append([x.clone() for x in (o, dq, dk, dv)])
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+    for what, x, y, z in zip(("o", "dq", "dk", "dv"), results[0], exact, same, strict=True):
+        assert x.isfinite().all()
+        assert_close(x, y, z, what)
+        if x.dtype != torch.float32:
+            assert_rounded(what, x, y)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch"), [("float16", arch) for arch in ARCHS] + [("bfloat16", "sm_90")]
+)
+def test_qkv_attention(arch: str, dtype: str) -> None:
+    values = {**problems.DEFAULTS["qkv_attention"], "heads": 2, "frames": 7}
+    kind, head_dim = problems.DTYPES[dtype], values["head_dim"]
+    x, grad = (shared(torch.randn(1, 7, 11, 2 * head_dim).to(kind)) for _ in range(2))
+    weight = shared((torch.randn(2, 3 * head_dim, head_dim) * head_dim**-0.5).to(kind))
+    bias = shared(torch.randn(2, 3 * head_dim).to(kind))
+    o, dx = (shared(torch.full_like(x, torch.nan)) for _ in range(2))
+    options = problems.options(values)
+    forward = qkv.forward_launch(x, weight, bias, o, options)
+    backward, partial, partial_bias = qkv.backward_launch(grad, x, weight, bias, dx, options)
+    partial, partial_bias = shared(partial), shared(partial_bias)
+    backward.arguments.update(partial_weight=partial, partial_bias=partial_bias)
+    results = []
+    for order in ORDERS[:2]:
+        run(forward, arch, order)
+        run(backward, arch, order)
+        sums = (partial.sum(0).to(kind), partial_bias.sum(0).to(kind))
+        results.append([t.clone() for t in (o, dx, *sums)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def define(*operands: Tensor) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in operands[:3]]
+        output = qkv_reference.qkv_attention(*leaves, **options.definition())
+        return [output.detach(), *torch.autograd.grad(output, leaves, operands[3])]
+
+    exact = define(*(t.double() for t in (x, weight, bias, grad)))
+    same = define(x, weight, bias, grad)
+    for what, a, b, c in zip(("o", "dx", "dw", "db"), results[0], exact, same, strict=True):
+        assert_close(a, b, c, what)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [("float16", arch) for arch in ARCHS] + [("bfloat16", "sm_90"), ("float32", "sm_90")],
+)
+def test_preparam_step(dtype: str, arch: str) -> None:
+    values = {**problems.DEFAULTS["preparam_step"], "dtype": dtype, "pre_param_dtype": dtype}
+    values |= {"small_tensors": 3, "small_size": 37, "large_tensors": 1, "large_size": 5001}
+    batch = problems.step_batch(values, torch.device("cpu"))
+    for tensors in (batch.params, batch.grads, batch.pre_params, batch.momenta):
+        tensors[:] = [shared(torch.randn(x.shape).to(x.dtype)) for x in tensors]
+    found = shared(torch.zeros(()))
+    copied = [[x.clone() for x in xs] for xs in (batch.params, batch.pre_params, batch.momenta)]
+    expected = batch._replace(params=copied[0], pre_params=copied[1], momenta=copied[2])
+    ReferenceKernels().step(expected)
+    (search,), (launch,) = step.launches(batch, found, overflows=True), step.launches(batch, found)
+    for described in (search, launch):
+        for name in ("chunks", "hyper"):
+            table = described.arguments[name]
+            assert isinstance(table, Tensor)
+            described.arguments[name] = shared(table)
+    run(search, arch)
+    assert found.item() == 0
+    run(launch, arch)
+    for ours, theirs in zip(
+        batch.params + batch.pre_params + batch.momenta,
+        expected.params + expected.pre_params + expected.momenta,
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    # With a gradient that isn't finite, the search finds it and the step writes nothing.
+    batch.grads[1][36] = torch.inf
+    before = [x.clone() for x in batch.params]
+    run(search, arch)
+    assert found.item() == 1
+    run(launch, arch)
+    assert all(torch.equal(x, y) for x, y in zip(batch.params, before, strict=True))
+
+
+def test_no_races() -> None:
+    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 1, "heads": 3}
+    q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
+    options = problems.options(values)
+    assert races(attention.forward_launch(q, k, v, o, options), "sm_90") == ""
+    backward = attention.backward_launch(grad, q, k, v, dq, dk, dv, options)
+    assert races(backward, "sm_90") == ""
+
+
+def test_traffic_of_attention() -> None:
+    """Each operand is read once, in full sectors, and each result written once."""
+    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 8}
+    q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
+    options = problems.options(values)
+    size = q.numel() * q.element_size()
+    for launch, tensors in (
+        (attention.forward_launch(q, k, v, o, options), 4),
+        (attention.backward_launch(grad, q, k, v, dq, dk, dv, options), 7),
+    ):
+        traffic = run(launch, "sm_90")
+        assert traffic.bytes <= 1.05 * tensors * size
+        assert 32 * traffic.sectors <= 1.1 * traffic.bytes
+
+
+def test_traffic_of_the_step() -> None:
+    values = {**problems.DEFAULTS["preparam_step"], "small_tensors": 0, "large_tensors": 1}
+    batch = problems.step_batch({**values, "large_size": 16384}, torch.device("cpu"))
+    for tensors in (batch.params, batch.grads, batch.pre_params, batch.momenta):
+        tensors[:] = [shared(torch.randn(x.shape).to(x.dtype)) for x in tensors]
+    found = shared(torch.zeros(()))
+    for overflows, per_element in ((True, 6), (False, 12)):
+        (launch,) = step.launches(batch, found, overflows=overflows)
+        for name in ("chunks", "hyper"):
+            table = launch.arguments[name]
+            assert isinstance(table, Tensor)
+            launch.arguments[name] = shared(table)
+        # Not bytes: a number that all threads read is one sector, but counted once a thread.
+        traffic = run(launch, "sm_90")
+        assert 32 * traffic.sectors <= 1.1 * per_element * 16384

@@ -1,0 +1,103 @@
+"""Builds the CUDA sources for the host, and lets the ops run them on CPU tensors."""
+
+import contextlib
+import importlib.util
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from commands import attempt, run, tool
+
+from ca3d_kernels import backends
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATION = ROOT / "tests/cuda_emulation/emulation.h"
+KERNELS = ("local_attention/local_attention.cu", "preparam_step/preparam_step.cu")
+HOST = (
+    "cuda_bindings.cpp",
+    "common/cuda_device.cpp",
+    "local_attention/cuda_fields.cpp",
+    "local_attention/cuda_plan.cpp",
+    "local_attention/problem.cpp",
+    "preparam_step/checks.cpp",
+    "preparam_step/cuda_plan.cpp",
+)
+OPTIONS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+ORDERS = ("forward", "reverse", "random", "rotating")
+
+
+def compile_objects(
+    folder: Path, sources: Sequence[str | Path], *flags: str, csrc: Path = ROOT / "csrc"
+) -> list[Path]:
+    """Object files of sources (relative ones below csrc), with the emulation in front of each."""
+
+    def build(source: str | Path) -> Path:
+        out = folder / ("-".join(Path(csrc / source).parts[-2:]) + ".o")
+        command = (
+            *(tool("g++"), *OPTIONS, f"-I{csrc}", "-include", EMULATION),
+            *('-DCA3D_VERSION="0"', '-DCA3D_CUDA_ARCHS="emulated"', *flags),
+            *("-x", "c++", "-c", csrc / source, "-o", out),
+        )
+        status, output = attempt(*command)
+        assert status == 0, output
+        assert "warning" not in output, output
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(build, sources))
+
+
+def build_module(folder: Path) -> ModuleType:
+    """The module `_cuda` with the kernels emulated."""
+    pybind11 = pytest.importorskip("pybind11")
+    include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+    objects = compile_objects(folder, (*KERNELS, *HOST), "-O2", "-fvisibility=hidden", *include)
+    library = folder / "_cuda.so"
+    run(tool("g++"), "-shared", *objects, "-o", library)
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def registered(module: ModuleType) -> Iterator[None]:
+    """Inside, backend "cuda" is the emulated library and takes CPU tensors."""
+    from ca3d_kernels.local_attention.cuda import CudaKernels as AttentionKernels
+    from ca3d_kernels.preparam_step.cuda import CudaKernels as StepKernels
+
+    kernels: Mapping[str, type] = {
+        "local_attention": AttentionKernels,
+        "preparam_step": StepKernels,
+    }
+    before = {op: backends._implementations[op]["cuda"] for op in kernels}
+    for op, kind in kernels.items():
+        loaded = kind(module)
+        backends.register(
+            op, backends.Implementation("cuda", lambda k=loaded: k, lambda device: None)
+        )
+    try:
+        yield
+    finally:
+        for op, implementation in before.items():
+            backends.register(op, implementation)
+
+
+def build_program(
+    folder: Path, sources: tuple[Path, ...], *flags: str, csrc: Path = ROOT / "csrc"
+) -> Path:
+    """A program of the kernels, their plans and some more sources, with sanitizers."""
+    host = tuple(
+        source for source in HOST if source not in ("cuda_bindings.cpp", "common/cuda_device.cpp")
+    )
+    flags = ("-O1", "-g", f"-I{ROOT / 'tests/native'}", *flags)
+    parts = (*KERNELS, *(csrc / source for source in host), *sources)
+    objects = compile_objects(folder, parts, *flags, csrc=csrc)
+    program = folder / "program"
+    run(tool("g++"), *flags, *objects, "-o", program)
+    return program

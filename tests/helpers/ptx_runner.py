@@ -1,0 +1,118 @@
+"""Runs the PTX of described launches on the CPU, with the tool that CA3D_PTX_RUNNER names.
+
+The tool translates PTX to C++; it checks every address, counts bytes and 32-byte sectors, and
+takes the threads of a block in a chosen order.
+"""
+
+import ctypes
+import functools
+import importlib
+import multiprocessing
+import os
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from ca3d_kernels.triton_launch import Launch
+
+FOLDER = os.environ.get("CA3D_PTX_RUNNER", "")
+ORDERS = (0, 1, 2, 3)  # forward, reverse, random, rotating
+
+needs_ptx_runner = pytest.mark.skipif(
+    not FOLDER, reason="CA3D_PTX_RUNNER names no folder with ptx2cpp.py"
+)
+
+
+class Traffic(NamedTuple):
+    """Bytes and 32-byte sectors that the threads of a launch asked for, loads and stores."""
+
+    bytes: int
+    sectors: int
+
+
+@functools.cache
+def _tool() -> Any:
+    sys.path.insert(0, FOLDER)
+    return importlib.import_module("ptx2cpp")
+
+
+@functools.cache
+def _module(ptx: str) -> Any:
+    return _tool().Module(ptx)
+
+
+def _memory(x: Tensor) -> tuple[int, int, int]:
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    size = (last + 1) * x.element_size() if x.numel() else 0
+    return x.data_ptr(), size, 0
+
+
+def _run(ptx: str, entry: str, launch: Launch, shared: int, order: int) -> dict[str, int]:
+    tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in launch.arguments.values()]
+    buffers = [_memory(x) for x in (*tensors, *launch.reached)]
+    statistics, _ = _module(ptx).run(
+        entry, (launch.programs,), (32 * launch.num_warps,), [*values, 0, 0], buffers,
+        dyn=shared, order=order, stats=1,
+    )  # fmt: skip
+    return statistics
+
+
+def races(launch: Launch, arch: str) -> str:
+    """What the thread sanitizer says about a launch on CPU tensors; nothing if all is well.
+
+    The tensors are copied and results are lost.
+    """
+    from ca3d_kernels.triton_compile import compile_for
+
+    compiled = compile_for(launch, arch)
+    entry = compiled.metadata.name
+    program = _tool().Exe(compiled.asm["ptx"], only=entry, san="thread")
+    arguments: list[Any] = []
+    for value in launch.arguments.values():
+        if isinstance(value, Tensor):
+            address, size, _ = _memory(value)
+            copied = bytearray(ctypes.string_at(address, size))
+            arguments.append(np.frombuffer(copied, np.uint8))
+        else:
+            arguments.append(value)
+    code, text = program.run(
+        entry, (launch.programs,), (32 * launch.num_warps,), [*arguments, 0, 0],
+        dyn=compiled.metadata.shared,
+    )  # fmt: skip
+    return text if code != 0 or "ThreadSanitizer" in text else ""
+
+
+def run(launch: Launch, arch: str, order: int = 0, *, results: bool = True) -> Traffic:
+    """Compiles a launch on CPU tensors and runs its PTX.
+
+    A process of its own runs it, so that a bad access fails one test alone. For results the
+    tensors must be in shared memory.
+    """
+    from ca3d_kernels.triton_compile import compile_for
+
+    compiled = compile_for(launch, arch)
+    ptx, entry = compiled.asm["ptx"], compiled.metadata.name
+    _module(ptx)
+    for x in (*launch.arguments.values(), *launch.reached):
+        if not (results and isinstance(x, Tensor)):
+            continue
+        assert x.is_shared(), "results would stay in the child"
+    # Forked by hand: the launch needs the addresses, and must not be pickled.
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            sender.send(_run(ptx, entry, launch, compiled.metadata.shared, order))
+            status = 0
+        finally:
+            os._exit(status)
+    sender.close()
+    counts = receiver.recv() if receiver.poll(300) else {}
+    assert os.waitpid(child, 0)[1] == 0, f"{entry}: the PTX runner reported an error"
+    loads, stores = counts["ld_bytes"], counts["st_bytes"]
+    return Traffic(loads + stores, counts["ld_sectors"] + counts["st_sectors"])
