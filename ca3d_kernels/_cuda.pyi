@@ -8,7 +8,7 @@ _Sizes = tuple[int, int, int, int, int]
 _Window = tuple[int, int, int, int]
 _Hyper = tuple[float, float, float, float, float, float]
 
-class Unsupported(NotImplementedError): ...
+class UnsupportedError(NotImplementedError): ...
 
 def version() -> str: ...
 def architectures() -> str: ...
@@ -45,8 +45,8 @@ def local_attention_backward(
 ) -> None: ...
 
 # A launch is a dict of entry, grid, block, shared (dynamic, in bytes) and parameters; a parameter
-# is a struct with its bytes and its fields (name, offset, type, meaning). Four operands (q, k, v, o)
-# ask for the forward pass, seven (q, k, v, do, dq, dk, dv) for the backward pass.
+# is a struct with its bytes and its fields (name, offset, type, meaning). Four operands (q, k, v,
+# o) ask for the forward pass, seven (q, k, v, do, dq, dk, dv) for the backward pass.
 def local_attention_launches(
     dtype: str,
     sizes: _Sizes,

@@ -34,9 +34,9 @@ inline StridedRows parse_rows(const std::array<int64_t, 5>& rows) {
 
 // sizes is (outer, inner, heads, frames, head_dim), window (kernel_size, dilation, causal, edge).
 inline LocalAttentionProblem parse_attention(const std::string& dtype,
-                                            const std::array<int64_t, 5>& sizes,
-                                            const std::array<int64_t, 4>& window, double scale,
-                                            const std::vector<int64_t>& key_table) {
+                                             const std::array<int64_t, 5>& sizes,
+                                             const std::array<int64_t, 4>& window, double scale,
+                                             const std::vector<int64_t>& key_table) {
   if (window[2] != 0 && window[2] != 1) {
     throw std::invalid_argument("causal must be 0 or 1, got " + std::to_string(window[2]));
   }
@@ -77,8 +77,8 @@ inline std::vector<PreParamRun> parse_runs(const PreParamTable& table) {
 
 // hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale).
 inline PreParamStep parse_step(const std::string& param, const std::string& pre_param,
-                              const std::array<double, 6>& hyper, bool nesterov,
-                              const std::string& rounding) {
+                               const std::array<double, 6>& hyper, bool nesterov,
+                               const std::string& rounding) {
   if (rounding != "nearest") {
     throw std::invalid_argument("rounding '" + rounding + "' is not supported; allowed: nearest");
   }

@@ -107,9 +107,9 @@ py::list attention_launches(const std::string& dtype, const Sizes& sizes,
   }
   py::list launches;
   if (is_empty(problem)) return launches;
-  launches.append(described(x.size() == 4 ? forward_launch(problem, x[0], x[1], x[2], x[3])
-                                          : backward_launch(problem, x[0], x[1], x[2], x[3], x[4],
-                                                            x[5], x[6])));
+  launches.append(described(
+      x.size() == 4 ? forward_launch(problem, x[0], x[1], x[2], x[3])
+                    : backward_launch(problem, x[0], x[1], x[2], x[3], x[4], x[5], x[6])));
   return launches;
 }
 
@@ -159,8 +159,7 @@ py::list preparam_launches(const PreParamTable& table, const std::string& param,
   check(step, runs.data(), static_cast<int64_t>(runs.size()));
   runs = nonempty(runs.data(), static_cast<int64_t>(runs.size()));
   py::list launches;
-  for (const PreParamLaunch& one :
-       plan_preparam(runs.data(), static_cast<int64_t>(runs.size()))) {
+  for (const PreParamLaunch& one : plan_preparam(runs.data(), static_cast<int64_t>(runs.size()))) {
     const auto bytes = argument_bytes(step, one, runs.data(), parse_addresses(addresses));
     launches.append(described(entry_name(step, one, overflows), one.grid, kPreParamThreads, 0,
                               "PreParamArguments", bytes.data(), bytes.size(),
@@ -182,15 +181,15 @@ void def_preparam(py::module_& m, const char* name, Function function) {
 PYBIND11_MODULE(_cuda, m) {
   using namespace ca3d;
   m.doc() = "Compiled CUDA kernels of ca3d_kernels.";
-  py::register_exception<Unsupported>(m, "Unsupported", PyExc_NotImplementedError);
+  py::register_exception<Unsupported>(m, "UnsupportedError", PyExc_NotImplementedError);
   m.def("version", [] { return std::string(CA3D_VERSION); });
   m.def("local_attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"),
         py::arg("window"), py::arg("scale"), py::arg("key_table"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("o"), py::arg("device"), py::arg("stream"));
   m.def("local_attention_backward", &attention_backward, py::arg("dtype"), py::arg("sizes"),
         py::arg("window"), py::arg("scale"), py::arg("key_table"), py::arg("q"), py::arg("k"),
-        py::arg("v"), py::arg("do"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-        py::arg("device"), py::arg("stream"));
+        py::arg("v"), py::arg("do"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("device"),
+        py::arg("stream"));
   m.def("local_attention_launches", &attention_launches, py::arg("dtype"), py::arg("sizes"),
         py::arg("window"), py::arg("scale"), py::arg("key_table"), py::arg("operands"));
   def_preparam(m, "preparam_sgd_step", &preparam_step);

@@ -46,5 +46,5 @@ class CudaKernels:
         arguments = (*problem(tensors[0], options), *map(operand, tensors))
         try:
             function(*arguments, *place(tensors[0]))
-        except self._library.Unsupported as limit:
+        except self._library.UnsupportedError as limit:
             raise backends.UnsupportedInputError(str(limit)) from None

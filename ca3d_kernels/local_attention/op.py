@@ -124,9 +124,7 @@ backends.register(
     backends.Implementation("reference", ReferenceKernels, lambda device: None),
 )
 backends.register("local_attention", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
-backends.register(
-    "local_attention", backends.Implementation("cuda", _load_cuda, cuda.unavailable)
-)
+backends.register("local_attention", backends.Implementation("cuda", _load_cuda, cuda.unavailable))
 
 
 def _execute(

@@ -28,9 +28,10 @@ class NativeKernels:
         self._step = native.preparam_sgd_step
         self._overflows = native.preparam_sgd_step_overflows
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
         """See `op.Kernels`."""
-        _call(self._step, batch)
+        if found_inf is None or not bool(found_inf):
+            _call(self._step, batch)
 
     def overflows(self, batch: Batch) -> bool:
         """See `op.Kernels`."""

@@ -68,7 +68,7 @@ class CudaKernels:
         )
         try:
             function(*library_arguments(batch), addresses, *place(batch.params[0]))
-        except self._library.Unsupported as limit:
+        except self._library.UnsupportedError as limit:
             raise backends.UnsupportedInputError(str(limit)) from None
 
 

@@ -48,11 +48,14 @@ class Batch(NamedTuple):
 class Kernels(Protocol):
     """What a backend provides for this op."""
 
-    def step(self, batch: Batch) -> None:
-        """Writes the new theta, momentum and w of every tensor."""
+    def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
+        """Writes the new theta, momentum and w of every tensor, unless found_inf isn't 0."""
 
-    def overflows(self, batch: Batch) -> bool:
-        """Whether `step` would store a value that isn't finite, or a gradient holds one."""
+    def overflows(self, batch: Batch) -> bool | Tensor:
+        """Whether `step` would store a value that isn't finite, or a gradient holds one.
+
+        A tensor (float32, 0 or 1) leaves the answer on the device, without waiting for it.
+        """
 
 
 class _Linear(PreParamMapping):
@@ -83,8 +86,10 @@ class ReferenceKernels:
             batch.rounding,
         )
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
         """See `Kernels`."""
+        if found_inf is not None and bool(found_inf):
+            return
         for i in range(len(batch.params)):
             new = self._stepped(batch, i)
             batch.params[i].copy_(new.param)
@@ -122,9 +127,7 @@ backends.register(
     "preparam_step", backends.Implementation("reference", ReferenceKernels, lambda device: None)
 )
 backends.register("preparam_step", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
-backends.register(
-    "preparam_step", backends.Implementation("cuda", _load_cuda, cuda.unavailable)
-)
+backends.register("preparam_step", backends.Implementation("cuda", _load_cuda, cuda.unavailable))
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -139,12 +142,14 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def step(batch: Batch) -> None:
+def step(batch: Batch, found_inf: Tensor | None = None) -> None:
     """Steps every tensor of a checked batch with the chosen backend.
 
     Args:
         batch: tensors that agree in shape and layout, one dtype for w and g and one for theta and
             momentum.
+        found_inf: a float32 tensor with one element on their device; nothing is written if it
+            isn't 0. Kernels on a GPU look at it when they run, without a wait on the CPU.
 
     Raises:
         ValueError: the demanded backend can't run here.
@@ -162,8 +167,23 @@ def step(batch: Batch) -> None:
             "preparam_step",
             batch.params[0].device.type,
             batch.backend,
-            lambda kernels: kernels.step(batch),
+            lambda kernels: kernels.step(batch, found_inf),
         )
+
+
+def is_asynchronous(batch: Batch) -> bool:
+    """Whether the chosen kernels leave a flag on the device and obey it there.
+
+    A step that is skipped then takes no wait on the CPU.
+
+    Example:
+        >>> w = [torch.zeros(3)]
+        >>> is_asynchronous(Batch(w, w, w, [], Hyperparameters(lr=0.25), 128.0, 128.0))
+        False
+    """
+    device = batch.params[0].device.type
+    chosen = backends.choose("preparam_step", device, batch.backend)[0]
+    return getattr(chosen.load(), "asynchronous", False)
 
 
 def overflows(batch: Batch) -> Tensor:
@@ -190,7 +210,7 @@ def overflows(batch: Batch) -> Tensor:
         found = backends.run(
             "preparam_step", device.type, batch.backend, lambda kernels: kernels.overflows(batch)
         )
-    return torch.tensor(float(found), device=device)
+    return found if isinstance(found, Tensor) else torch.tensor(float(found), device=device)
 
 
 def _check(batch: Batch) -> None:
@@ -262,9 +282,7 @@ def _batch(
 
 def _step_op(*arguments: Any, found_inf: Tensor | None = None) -> None:
     batch = _batch(*arguments)
-    if found_inf is not None and bool(found_inf):
-        return
-    step(batch)
+    step(batch, found_inf)
     written = [*batch.params, *batch.pre_params, *batch.momenta]
     torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
 

@@ -12,8 +12,8 @@ namespace {
 void add_rows(std::vector<ArgumentField>* fields, const std::string& name, size_t offset,
               const std::string& stored, const std::string& meaning) {
   const std::string shape = " (outer, inner, heads, T, head_dim)";
-  fields->push_back({name + ".data", offset + offsetof(StridedRows, data), stored + "*",
-                     meaning + shape});
+  fields->push_back(
+      {name + ".data", offset + offsetof(StridedRows, data), stored + "*", meaning + shape});
   const char* dimensions[] = {"outer", "inner", "head", "frame"};
   for (int i = 0; i < 4; ++i) {
     fields->push_back({name + "." + dimensions[i], offset + sizeof(void*) * (i + 1), "int64_t",

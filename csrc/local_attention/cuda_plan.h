@@ -54,10 +54,10 @@ struct LocalAttentionArguments {
   int64_t frames;
   int32_t head_dim;
   int32_t lanes;
-  int32_t units;            // of the call
+  int32_t units;  // of the call
   int32_t units_per_block;
-  int32_t slots;            // most rows that a query sees; with a key table, kernel_size
-  int32_t tile;             // positions whose results a block writes
+  int32_t slots;  // most rows that a query sees; with a key table, kernel_size
+  int32_t tile;   // positions whose results a block writes
   int32_t has_table;
   Divider tiles, heads, phases, inner;
   Divider query_rows, key_rows;  // room for the rows of a unit that a block needs
@@ -100,8 +100,7 @@ CA3D_HOST_DEVICE inline SharedLayout shared_layout(const LocalAttentionArguments
 // Decides the launch of a checked problem with at least one element. Tensors that a direction
 // doesn't use may be empty. Throws Unsupported, naming the limit.
 LocalAttentionLaunch plan_forward(const LocalAttentionProblem& problem, const StridedRows& q,
-                                  const StridedRows& k, const StridedRows& v,
-                                  const StridedRows& o);
+                                  const StridedRows& k, const StridedRows& v, const StridedRows& o);
 LocalAttentionLaunch plan_backward(const LocalAttentionProblem& problem, const StridedRows& q,
                                    const StridedRows& k, const StridedRows& v,
                                    const StridedRows& go, const StridedRows& dq,

@@ -34,8 +34,9 @@ std::vector<ArgumentField> fields_of(const PreParamStep& step, const PreParamLau
                     "lr, momentum, dampening, weight_decay, scale, gradient_scale, or null"});
   fields.push_back({"device.grad_scale", offsetof(Arguments, device.grad_scale), "float*",
                     "divisor of the gradient, or null"});
-  fields.push_back({"device.found_inf", offsetof(Arguments, device.found_inf), "float*",
-                    "1 element: a step is skipped unless it is 0, or null; overflows sets it to 1"});
+  fields.push_back(
+      {"device.found_inf", offsetof(Arguments, device.found_inf), "float*",
+       "1 element: a step is skipped unless it is 0, or null; overflows sets it to 1"});
   fields.push_back({"nesterov", offsetof(Arguments, nesterov), "int32_t", "0 or 1"});
   fields.push_back({"tensors", offsetof(Arguments, tensors), "int32_t", "rows of the table"});
   for (int32_t i = 0; i <= launch.tensors; ++i) {
@@ -47,7 +48,8 @@ std::vector<ArgumentField> fields_of(const PreParamStep& step, const PreParamLau
     const std::string row = "runs[" + std::to_string(i) + "].";
     const size_t at = offsetof(Arguments, runs) + static_cast<size_t>(i) * sizeof(PreParamRun);
     fields.push_back({row + "param", at + offsetof(PreParamRun, param), param + "*", "written: w"});
-    fields.push_back({row + "grad", at + offsetof(PreParamRun, grad), param + "*", "gradient of w"});
+    fields.push_back(
+        {row + "grad", at + offsetof(PreParamRun, grad), param + "*", "gradient of w"});
     fields.push_back(
         {row + "pre_param", at + offsetof(PreParamRun, pre_param), wide + "*", "theta, updated"});
     fields.push_back({row + "momentum", at + offsetof(PreParamRun, momentum), wide + "*",

@@ -12,7 +12,8 @@ namespace ca3d {
 namespace {
 
 static_assert(sizeof(PreParamArguments<double, kSmallTable>) <= 4096, "limit before CUDA 12.1");
-static_assert(sizeof(PreParamArguments<double, kLargeTable>) <= 32764, "limit of a kernel argument");
+static_assert(sizeof(PreParamArguments<double, kLargeTable>) <= 32764,
+              "limit of a kernel argument");
 
 __device__ __forceinline__ float product(float x, float y) {
   return __fmul_rn(x, y);
@@ -194,21 +195,21 @@ struct Kernel {
 constexpr int kBlocksAtLeast = 3;
 
 // The kernels for one pair of stored types and one size of table, under names that tools can find.
-#define CA3D_ENTRY(function, name, Param, PreParam, kTensors)                                 \
-  extern "C" __global__ void __launch_bounds__(kPreParamThreads, kBlocksAtLeast)                              \
+#define CA3D_ENTRY(function, name, Param, PreParam, kTensors)                                   \
+  extern "C" __global__ void __launch_bounds__(kPreParamThreads, kBlocksAtLeast)                \
       name(const __grid_constant__ PreParamArguments<Computed<PreParam>, kTensors> arguments) { \
-    Kernel<Nearest, Param, PreParam, kTensors>::function(arguments);                          \
+    Kernel<Nearest, Param, PreParam, kTensors>::function(arguments);                            \
   }
 
-#define CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kTensors, size)                             \
-  CA3D_ENTRY(step_all, ca3d_preparam_step_##types##_##size, Param, PreParam, kTensors)            \
+#define CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kTensors, size)                  \
+  CA3D_ENTRY(step_all, ca3d_preparam_step_##types##_##size, Param, PreParam, kTensors) \
   CA3D_ENTRY(find_overflows, ca3d_preparam_overflows_##types##_##size, Param, PreParam, kTensors)
 
 // CUDA before 12.1 has no arguments above 4 KB.
 #if defined(CA3D_CUDA_EMULATION) || CUDART_VERSION >= 12010
 #define CA3D_LARGE_TABLES 1
-#define CA3D_ENTRIES(Param, PreParam, types)                                   \
-  CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kSmallTable, small)            \
+#define CA3D_ENTRIES(Param, PreParam, types)                        \
+  CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kSmallTable, small) \
   CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kLargeTable, large)
 #define CA3D_LARGE_KERNELS(types) \
   ca3d_preparam_step_##types##_large, ca3d_preparam_overflows_##types##_large
@@ -252,7 +253,7 @@ struct Kernels {
   }
 };
 
-#define CA3D_KERNELS(types) \
+#define CA3D_KERNELS(types)                                                     \
   {ca3d_preparam_step_##types##_small, ca3d_preparam_overflows_##types##_small, \
    CA3D_LARGE_KERNELS(types)}
 

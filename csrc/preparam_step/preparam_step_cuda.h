@@ -18,8 +18,8 @@ namespace ca3d {
 constexpr int kPreParamChunk = 4096;
 constexpr int kPreParamThreads = 256;
 
-// Tensors of a launch: with a small table the argument is below 4 KB, the limit of CUDA before 12.1,
-// with a large one below 32 KB.
+// Tensors of a launch: with a small table the argument is below 4 KB, the limit of CUDA
+// before 12.1, with a large one below 32 KB.
 constexpr int kSmallTable = 80;
 constexpr int kLargeTable = 640;
 

@@ -56,6 +56,7 @@ def test_no_races(races: Objects, tmp_path: Path) -> None:
 
 
 ATTENTION = "local_attention/local_attention.cu"
+BLOCK = "local_attention/block.cuh"
 STEP = "preparam_step/preparam_step.cu"
 
 # Name -> file, the right text, a mistake, and what notices it.
@@ -80,7 +81,7 @@ MUTANTS = {
     ),
     "no barrier of the warp": (ATTENTION, "    __syncwarp();", "    ", "races"),
     "window one frame too short": (
-        ATTENTION,
+        BLOCK,
         "seen.exists && n < seen.own.count}",
         "seen.exists && n + 1 < seen.own.count}",
         "attention",
@@ -92,7 +93,7 @@ MUTANTS = {
         "attention",
     ),
     "one vector of a row too many": (
-        ATTENTION,
+        BLOCK,
         "      if (i < a.head_dim) store<",
         "      if (i <= a.head_dim) store<",
         "attention",
@@ -127,8 +128,9 @@ def notice(name: str, request: pytest.FixtureRequest, folder: Path) -> None:
     assert text.count(right) == 1, f"{name}: the text is no longer there"
     (csrc / file).write_text(text.replace(right, wrong))
     flags = RACES if by == "races" else BOUNDS
-    (mutant,) = compile_objects(folder, [file], "-O1", "-g", *flags, csrc=csrc)
-    objects = {**request.getfixturevalue("races" if by == "races" else "bounds"), file: mutant}
+    kernel = STEP if file == STEP else ATTENTION
+    (mutant,) = compile_objects(folder, [kernel], "-O1", "-g", *flags, csrc=csrc)
+    objects = {**request.getfixturevalue("races" if by == "races" else "bounds"), kernel: mutant}
     if by == "races":
         status, output = run_races(objects, folder)
     else:

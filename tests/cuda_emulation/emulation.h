@@ -1,12 +1,14 @@
-// Runs CUDA C++ on the host: one fiber per CUDA thread, one block after the other, on one OS thread.
+// Runs CUDA C++ on the host: one fiber per CUDA thread, one block after the other, on one OS
+// thread.
 //
-// Compiled in front of a .cu file (g++ -x c++ -include emulation.h), it stands for the CUDA headers.
-// What it checks, beyond the results:
+// Compiled in front of a .cu file (g++ -x c++ -include emulation.h), it stands for the CUDA
+// headers. What it checks, beyond the results:
 // - Threads of a block run in one of four orders (set_order). A result that depends on it is wrong.
 // - Shared memory is filled with NaN before every block; its end is the end of an allocation.
 // - A barrier that some threads of the block never reach, or reach at another line, is an error; so
 //   is a shuffle that its lanes don't reach together, or one that reads a lane outside its mask.
-// - Under ThreadSanitizer every pair of accesses that no barrier orders is a data race, also between
+// - Under ThreadSanitizer every pair of accesses that no barrier orders is a data race, also
+// between
 //   blocks. Shuffles order nothing, __syncwarp does.
 // - Under AddressSanitizer fibers have stacks of their own, and switches are announced.
 #pragma once
@@ -302,7 +304,8 @@ inline void run_block(std::mt19937& random) {
   for (unsigned i = 0; i < count; ++i) turns[i] = state.order == kReverse ? count - 1 - i : i;
   while (state.live > 0) {
     if (state.order == kRandom) std::shuffle(turns.begin(), turns.end(), random);
-    if (state.order == kRotating) std::rotate(turns.begin(), turns.begin() + 7 % count, turns.end());
+    if (state.order == kRotating)
+      std::rotate(turns.begin(), turns.begin() + 7 % count, turns.end());
     bool any = false;
     for (const unsigned i : turns) {
       const Thread& thread = state.threads[i];

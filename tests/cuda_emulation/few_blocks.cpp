@@ -49,8 +49,8 @@ void attend(const LocalAttentionProblem& p, int64_t shift = 0) {
 }
 
 void step(int tensors, int64_t count) {
-  const ca3d::PreParamStep options = {DType::kFloat16, DType::kFloat16, 0.1, 0.9, 0, 0, 128, 1,
-                                      false,           ca3d::Rounding::kNearest};
+  const ca3d::PreParamStep options = {
+      DType::kFloat16, DType::kFloat16, 0.1, 0.9, 0, 0, 128, 1, false, ca3d::Rounding::kNearest};
   std::vector<std::vector<uint16_t>> memory(static_cast<size_t>(4 * tensors),
                                             std::vector<uint16_t>(static_cast<size_t>(count)));
   std::vector<ca3d::PreParamRun> runs;

@@ -26,8 +26,8 @@ from ca3d_kernels import UnsupportedInputError, local_temporal_attention, use_ba
 from ca3d_kernels.local_attention.op import EDGES
 
 MOST = 128  # of head_dim
-# The random key table of one head may read one and the same frame at all slots: the gradient of q is
-# 0 then, but rounding noise in float64, which is no truth to compare with.
+# The random key table of one head may read one and the same frame at all slots: the gradient of q
+# is 0 then, but rounding noise in float64, which is no truth to compare with.
 COVERING = [
     Problem(**case)
     for case in pairwise_cases(
@@ -200,7 +200,7 @@ def test_alignment_decides_the_access(emulated_library: ModuleType) -> None:
     ],
 )
 def test_limits_are_named(arguments: dict, words: str, emulated_library: ModuleType) -> None:
-    with pytest.raises(emulated_library.Unsupported, match=words):
+    with pytest.raises(emulated_library.UnsupportedError, match=words):
         launch(emulated_library, **arguments)
 
 
