@@ -114,9 +114,7 @@ def flat(case: Problem) -> dict:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_attention(
-    name: str, dtype: torch.dtype, arch: int, emulated_library: ModuleType
-) -> None:
+def test_attention(name: str, dtype: torch.dtype, arch: int, emulated_library: ModuleType) -> None:
     case = vary(PROBLEMS[name], dtype=dtype)
     plans, inputs = launches(emulated_library, case)
     exact = define(case, *(x.double() for x in inputs))
