@@ -1,6 +1,7 @@
 """nvcc compiles the CUDA sources for every architecture, and nothing is spilled to memory."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def ptxas() -> Path:
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory):
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("ptx")
 
     @cache
@@ -64,12 +65,14 @@ def check(ptx_file: Path, source: str, arch: int, out: Path) -> None:
 
 @pytest.mark.parametrize("arch", USUAL)
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_spills(source: str, arch: int, ptx, tmp_path: Path) -> None:
+def test_no_spills(source: str, arch: int, ptx: Callable[[str], Path], tmp_path: Path) -> None:
     check(ptx(source), source, arch, tmp_path / "out.cubin")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch not in USUAL])
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_spills_elsewhere(source: str, arch: int, ptx, tmp_path: Path) -> None:
+def test_no_spills_elsewhere(
+    source: str, arch: int, ptx: Callable[[str], Path], tmp_path: Path
+) -> None:
     check(ptx(source), source, arch, tmp_path / "out.cubin")

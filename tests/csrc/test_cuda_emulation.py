@@ -2,45 +2,53 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from commands import attempt, run, tool
-from cuda_emulation import ORDERS, ROOT, build_program
+from cuda_emulation import ORDERS, ROOT, build_objects, compile_objects, link_program
 
 CSRC = ROOT / "csrc"
-AS_CPU = ROOT / "tests/cuda_emulation/as_cpu.cpp"
-FEW_BLOCKS = ROOT / "tests/cuda_emulation/few_blocks.cpp"
-PARITY = {"attention": "attention_parity.cpp", "preparam": "preparam_parity.cpp"}
 BOUNDS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RACES = ("-fsanitize=thread",)
+
+Objects = Mapping[str, Path]
 
 x86_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="fibers of ThreadSanitizer")
 
 
-def run_parity(folder: Path, op: str, cases: int, csrc: Path = CSRC) -> tuple[int, str]:
-    sources = (AS_CPU, ROOT / "tests/native" / PARITY[op])
-    program = build_program(folder, sources, *BOUNDS, csrc=csrc)
-    return attempt(program, str(cases), ASAN_OPTIONS="detect_leaks=0")
+@pytest.fixture(scope="module")
+def bounds(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    return build_objects(tmp_path_factory.mktemp("bounds"), *BOUNDS)
 
 
-def run_races(folder: Path, csrc: Path = CSRC) -> tuple[int, str]:
-    program = build_program(folder, (FEW_BLOCKS,), *RACES, csrc=csrc)
+@pytest.fixture(scope="module")
+def races(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    return build_objects(tmp_path_factory.mktemp("races"), *RACES)
+
+
+def run_parity(op: str, objects: Objects, folder: Path) -> tuple[int, str]:
+    program = link_program(op, objects, folder / op, *BOUNDS)
+    return attempt(program, "6", ASAN_OPTIONS="detect_leaks=0")
+
+
+def run_races(objects: Objects, folder: Path) -> tuple[int, str]:
+    program = link_program("few_blocks", objects, folder / "few_blocks", *RACES)
     # ThreadSanitizer of gcc 12 can't stand much randomness in the addresses.
-    options = "halt_on_error=1"
-    return attempt(tool("setarch"), "-R", program, TSAN_OPTIONS=options)
+    return attempt(tool("setarch"), "-R", program, TSAN_OPTIONS="halt_on_error=1")
 
 
-@pytest.mark.parametrize("op", PARITY)
-def test_no_access_out_of_bounds_in_any_order(op: str, tmp_path: Path) -> None:
-    status, output = run_parity(tmp_path, op, 6)
+@pytest.mark.parametrize("op", ["attention", "preparam"])
+def test_no_access_out_of_bounds_in_any_order(op: str, bounds: Objects, tmp_path: Path) -> None:
+    status, output = run_parity(op, bounds, tmp_path)
     assert status == 0, output
     assert [f"{order} ok" for order in ORDERS] == output.splitlines()
 
 
 @x86_only
-def test_no_races(tmp_path: Path) -> None:
-    status, output = run_races(tmp_path)
+def test_no_races(races: Objects, tmp_path: Path) -> None:
+    status, output = run_races(races, tmp_path)
     assert status == 0, output
     assert output.endswith("done\n")
     for access in ("staged", "vectors", "scalars"):
@@ -48,6 +56,7 @@ def test_no_races(tmp_path: Path) -> None:
 
 
 ATTENTION = "local_attention/local_attention.cu"
+BLOCK = "local_attention/block.cuh"
 STEP = "preparam_step/preparam_step.cu"
 
 # Name -> file, the right text, a mistake, and what notices it.
@@ -72,7 +81,7 @@ MUTANTS = {
     ),
     "no barrier of the warp": (ATTENTION, "    __syncwarp();", "    ", "races"),
     "window one frame too short": (
-        ATTENTION,
+        BLOCK,
         "seen.exists && n < seen.own.count}",
         "seen.exists && n + 1 < seen.own.count}",
         "attention",
@@ -84,7 +93,7 @@ MUTANTS = {
         "attention",
     ),
     "one vector of a row too many": (
-        ATTENTION,
+        BLOCK,
         "      if (i < a.head_dim) store<",
         "      if (i <= a.head_dim) store<",
         "attention",
@@ -111,14 +120,21 @@ MUTANTS = {
 QUICK = ("no barrier before gathering", "one vector of a chunk too many")
 
 
-def notice(name: str, folder: Path) -> None:
+def notice(name: str, request: pytest.FixtureRequest, folder: Path) -> None:
     file, right, wrong, by = MUTANTS[name]
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     text = (csrc / file).read_text()
     assert text.count(right) == 1, f"{name}: the text is no longer there"
     (csrc / file).write_text(text.replace(right, wrong))
-    status, output = run_races(folder, csrc) if by == "races" else run_parity(folder, by, 6, csrc)
+    flags = RACES if by == "races" else BOUNDS
+    kernel = STEP if file == STEP else ATTENTION
+    (mutant,) = compile_objects(folder, [kernel], "-O1", "-g", *flags, csrc=csrc)
+    objects = {**request.getfixturevalue("races" if by == "races" else "bounds"), kernel: mutant}
+    if by == "races":
+        status, output = run_races(objects, folder)
+    else:
+        status, output = run_parity(by, objects, folder)
     assert status != 0, f"{name} went unnoticed:\n{output}"
     expected = ("data race",) if by == "races" else ("FAILED", "Sanitizer", "emulation:", "runtime")
     assert any(word in output for word in expected), output
@@ -126,15 +142,17 @@ def notice(name: str, folder: Path) -> None:
 
 @x86_only
 @pytest.mark.parametrize("name", QUICK)
-def test_mistakes_are_noticed(name: str, tmp_path: Path) -> None:
-    notice(name, tmp_path)
+def test_mistakes_are_noticed(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    notice(name, request, tmp_path)
 
 
 @x86_only
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(MUTANTS) - set(QUICK)))
-def test_more_mistakes_are_noticed(name: str, tmp_path: Path) -> None:
-    notice(name, tmp_path)
+def test_more_mistakes_are_noticed(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    notice(name, request, tmp_path)
 
 
 EMULATED = """

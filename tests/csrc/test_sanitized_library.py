@@ -90,7 +90,7 @@ def folder(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
     shutil.copytree(
         ROOT / "ca3d_kernels",
         folder / "ca3d_kernels",
-        ignore=shutil.ignore_patterns("_native*.so", "__pycache__"),
+        ignore=shutil.ignore_patterns("_native*.so", "_cuda*.so", "__pycache__"),
     )
     run(
         *(sys.executable, "setup.py", "build_ext", "--build-lib", folder),
@@ -99,6 +99,7 @@ def folder(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
         CXXFLAGS="-O1",
         CA3D_BUILD_TYPE="None",  # no options beyond CXXFLAGS
         CA3D_SANITIZE="address,undefined",
+        CA3D_CUDA="off",
     )
     (library,) = (folder / "ca3d_kernels").glob("_native*.so")
     code = library.read_bytes()

@@ -25,6 +25,13 @@ HOST = (
     "preparam_step/checks.cpp",
     "preparam_step/cuda_plan.cpp",
 )
+# Programs that run the kernels, and what takes the place of the CPU kernels in the parity programs.
+PROGRAMS = {
+    "attention": ROOT / "tests/native/attention_parity.cpp",
+    "preparam": ROOT / "tests/native/preparam_parity.cpp",
+    "few_blocks": ROOT / "tests/cuda_emulation/few_blocks.cpp",
+    "as_cpu": ROOT / "tests/cuda_emulation/as_cpu.cpp",
+}
 OPTIONS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 ORDERS = ("forward", "reverse", "random", "rotating")
 
@@ -88,16 +95,19 @@ def registered(module: ModuleType) -> Iterator[None]:
             backends.register(op, implementation)
 
 
-def build_program(
-    folder: Path, sources: tuple[Path, ...], *flags: str, csrc: Path = ROOT / "csrc"
-) -> Path:
-    """A program of the kernels, their plans and some more sources, with sanitizers."""
-    host = tuple(
-        source for source in HOST if source not in ("cuda_bindings.cpp", "common/cuda_device.cpp")
-    )
-    flags = ("-O1", "-g", f"-I{ROOT / 'tests/native'}", *flags)
-    parts = (*KERNELS, *(csrc / source for source in host), *sources)
-    objects = compile_objects(folder, parts, *flags, csrc=csrc)
-    program = folder / "program"
-    run(tool("g++"), *flags, *objects, "-o", program)
-    return program
+def build_objects(folder: Path, *flags: str) -> dict[str, Path]:
+    """Source -> object file of the kernels and their plans, and of what runs them in programs."""
+    host = [x for x in HOST if x not in ("cuda_bindings.cpp", "common/cuda_device.cpp")]
+    sources = [*KERNELS, *host, *(str(path) for path in PROGRAMS.values())]
+    options = ("-O1", "-g", f"-I{ROOT / 'tests/native'}", *flags)
+    return dict(zip(sources, compile_objects(folder, sources, *options), strict=True))
+
+
+def link_program(name: str, objects: Mapping[str, Path], out: Path, *flags: str) -> Path:
+    """One of PROGRAMS, from the result of `build_objects`."""
+    parts = [path for source, path in objects.items() if Path(source) not in PROGRAMS.values()]
+    parts.append(objects[str(PROGRAMS[name])])
+    if name != "few_blocks":
+        parts.append(objects[str(PROGRAMS["as_cpu"])])
+    run(tool("g++"), *flags, *parts, "-o", out)
+    return out

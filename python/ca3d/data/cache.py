@@ -9,6 +9,7 @@ colour not subsampled). The index is written last: a video without one is not in
 import io
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -33,6 +34,10 @@ _VERSION = 1
 _FRAME_SUFFIX = {"jpeg": ".jpegs", "npy": ".npy"}
 _JPEG_QUALITY = 95
 _CHUNK = 64  # frames held in memory while a video is written
+# NumPy parses an array's header with `ast`, which is not thread-safe in some versions of Python
+# (CPython issue 106905, seen in 3.11.7): of two threads that parse at once, one may raise
+# "SystemError: AST constructor recursion depth mismatch".
+_PARSING = threading.Lock()
 
 
 @dataclass
@@ -234,7 +239,9 @@ class _CachedReader(VideoReader):
 
     def _stored(self, indices: list[int]) -> np.ndarray:
         if self._file.suffix == ".npy":
-            return np.asarray(np.load(self._file, mmap_mode="r")[indices])
+            with _PARSING:
+                frames = np.load(self._file, mmap_mode="r")
+            return np.asarray(frames[indices])
         images = []
         with self._file.open("rb") as stream:
             for i in indices:
@@ -317,7 +324,7 @@ def _index_file(folder: Path, root: Path, path: Path) -> Path | None:
 def _read_index(index: Path, source: Path) -> Mapping[str, np.ndarray] | None:
     """Returns a video's index if it is whole and the source has not changed since."""
     try:
-        with np.load(index) as stored:
+        with _PARSING, np.load(index) as stored:
             content = dict(stored)
         stamp = _stamp(source.stat())
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
