@@ -1,8 +1,9 @@
 """``python -m ca3d_kernels dump-kernels``: kernels as PTX, with all that is needed to launch them.
 
-For each kernel and problem size three files are written: ``NAME.ptx``, ``NAME.cubin`` (the same,
-assembled) and ``NAME.json``, which describes the launch: the name of the entry, its parameters in
-order, grid, block and dynamic shared memory. Nothing runs, and no GPU is needed.
+For each kernel and problem size ``NAME.json`` describes the launch: the name of the entry, its
+parameters in order, grid, block and dynamic shared memory, and the files with the code, a ``.ptx``
+and a ``.cubin`` (the same, assembled). A Triton kernel has files of its own; the CUDA kernels of an
+op share them. Nothing runs, and no GPU is needed.
 """
 
 import json
@@ -24,9 +25,11 @@ class Compiled(NamedTuple):
         entry: name of the entry in the PTX.
         ptx, cubin: the code.
         parameters: of the entry, in order: each with name, type and meaning, and with either the
-            dtype, shape and strides of the tensor that it points to or its value.
+            dtype, shape and strides of the tensor that it points to or its value. That of a CUDA
+            kernel is a struct; see `ca3d_kernels.cuda_dump.describe`.
         grid, block: three numbers each.
         shared: bytes of dynamic shared memory.
+        module: name of the code, if kernels share it.
     """
 
     op: str
@@ -39,6 +42,7 @@ class Compiled(NamedTuple):
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
+    module: str | None = None
 
 
 # A backend's kernels: a function of the architecture and of the changed problem keys (or None).
@@ -148,8 +152,22 @@ def triton_kernels(arch: str, changes: Mapping[str, str] | None) -> Iterator[Com
             )
 
 
-# What `dump` writes; a backend adds its kernels here.
-SOURCES: list[Source] = [triton_kernels]
+def cuda_kernels(arch: str, changes: Mapping[str, str] | None) -> Iterator[Compiled]:
+    """The CUDA kernels of every op, where they are built; see `Source`."""
+    from ca3d_kernels import cuda
+
+    try:
+        cuda.library()
+    except ImportError as reason:
+        print(f"no CUDA kernels: {reason}")
+        return
+    from ca3d_kernels import cuda_dump
+
+    yield from cuda_dump.kernels(arch, changes)
+
+
+# What `dump` writes.
+SOURCES: list[Source] = [triton_kernels, cuda_kernels]
 
 
 def dump(arch: str, out: Path, changes: Mapping[str, str] | None = None) -> list[Path]:
@@ -175,11 +193,12 @@ def dump(arch: str, out: Path, changes: Mapping[str, str] | None = None) -> list
         for number, kernel in enumerate(source(arch, changes)):
             problem = re.sub(r"[^\w=]+", "-", kernel.problem["name"])
             stem = f"{kernel.backend}-{number:02}-{kernel.entry}-{problem}-{arch}"
-            (out / f"{stem}.ptx").write_text(kernel.ptx)
-            (out / f"{stem}.cubin").write_bytes(kernel.cubin)
+            code = stem if kernel.module is None else f"{kernel.backend}-{kernel.module}-{arch}"
+            (out / f"{code}.ptx").write_text(kernel.ptx)
+            (out / f"{code}.cubin").write_bytes(kernel.cubin)
             about = kernel._asdict()
-            del about["ptx"], about["cubin"]
-            about |= {"arch": arch, "ptx": f"{stem}.ptx", "cubin": f"{stem}.cubin"}
+            del about["ptx"], about["cubin"], about["module"]
+            about |= {"arch": arch, "ptx": f"{code}.ptx", "cubin": f"{code}.cubin"}
             file = out / f"{stem}.json"
             file.write_text(json.dumps(about, indent=2) + "\n")
             written.append(file)

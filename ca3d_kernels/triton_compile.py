@@ -104,24 +104,28 @@ def compile_for(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=target(arch), options=options)
 
 
-def _tool(name: str, *arguments: str) -> str:
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    command = [str(folder / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def tool(name: str, *arguments: str, folder: str | None = None) -> str:
+    """Runs one of NVIDIA's tools, which Triton brings along; returns what it prints."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    command = [str(tools / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
-def resources(compiled: Any) -> Resources:
-    """Reads a cubin with NVIDIA's tools, which Triton brings along.
+def resources(cubin: bytes, entry: str, shared: int) -> Resources:
+    """Reads machine code with NVIDIA's tools, which Triton brings along.
 
     Args:
-        compiled: result of `compile_for` for an ``sm_`` architecture.
+        cubin: of one or several kernels.
+        entry: the kernel.
+        shared: bytes of dynamic shared memory that it is launched with.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    numbers = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = tool("cuobjdump", "-sass", "-fun", entry, file.name)
+    (line,) = re.findall(rf"Function {entry}:\s*(.*)", usage)
+    numbers = {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", line)}
     accesses: Counter[str] = Counter()
     for opcode in re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\d+ )?\s*(\S+)", code, re.MULTILINE):
         first, *modifiers = opcode.rstrip(";").split(".")
@@ -131,6 +135,6 @@ def resources(compiled: Any) -> Resources:
     return Resources(
         numbers["REG"],
         numbers["STACK"] + numbers["LOCAL"],
-        compiled.metadata.shared,
+        shared,
         dict(sorted(accesses.items())),
     )

@@ -10,7 +10,7 @@ rest is arithmetic on public data sheets. Nothing in it is a measurement on a GP
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +21,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 import ptx_runner  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from ca3d_kernels import problems  # noqa: E402
+from ca3d_kernels import cuda_dump, problems  # noqa: E402
 from ca3d_kernels.backends import UnsupportedInputError  # noqa: E402
+from ca3d_kernels.cuda_dump import Planned  # noqa: E402
 from ca3d_kernels.problems import Case  # noqa: E402
-from ca3d_kernels.triton_compile import compile_for, resources  # noqa: E402
+from ca3d_kernels.triton_compile import Resources, compile_for, resources  # noqa: E402
 from ca3d_kernels.triton_launch import Launch  # noqa: E402
 
 
@@ -65,24 +66,112 @@ def occupancy(registers: int, shared: int, warps: int, arch: str) -> int:
     return blocks * warps
 
 
-def minimum_bytes(case: Case, launch: Launch) -> int:
-    """Bytes of all operands, each read once, and of all results, each written once."""
+class Kernel(NamedTuple):
+    """A launch of a kernel of either backend.
+
+    Attributes:
+        name: of the kernel, with what distinguishes the launches of a step.
+        threads: of a block.
+        least: bytes of all operands, each read once, and of all results, each written once.
+        operands: tensors that it reads or writes.
+        resources: architecture -> what the assembler says.
+        run: architecture -> what its PTX asks memory for, run on the CPU.
+    """
+
+    name: str
+    threads: int
+    least: int
+    operands: list[Tensor]
+    resources: Callable[[str], Resources]
+    run: Callable[[str], ptx_runner.Traffic]
+
+
+def size(tensors: list[Tensor]) -> int:
+    """Bytes of the elements of tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def of_step(reached: dict[str, list[Tensor]], searches: bool) -> int:
+    """What a step, or its search for overflows, must move."""
+    w, g, theta, m = (size(reached[name]) for name in ("param", "grad", "pre_param", "momentum"))
+    return g + theta + m if searches else g + w + 2 * theta + 2 * m
+
+
+def triton_kernel(case: Case, launch: Launch) -> Kernel:
+    """A launch of a Triton kernel."""
     name = launch.kernel.__name__
-    if case.op == "preparam_step":
-        batch = launch.reached
-        kinds = [x.numel() * x.element_size() for x in batch]
-        quarter = len(kinds) // 4
-        w, g, theta, m = (sum(kinds[i * quarter : (i + 1) * quarter]) for i in range(4))
-        return g + theta + m if "overflows" in name else g + w + 2 * theta + 2 * m
-    skipped = ("key_counts", "bias", "weight", "partial_weight", "partial_bias")
     tensors = {k: x for k, x in launch.arguments.items() if isinstance(x, Tensor)}
-    return sum(x.numel() * x.element_size() for k, x in tensors.items() if k not in skipped)
+    if case.op == "preparam_step":
+        quarter = len(launch.reached) // 4
+        names = ("param", "grad", "pre_param", "momentum")
+        reached = {
+            key: list(launch.reached[i * quarter : (i + 1) * quarter])
+            for i, key in enumerate(names)
+        }
+        least = of_step(reached, "overflows" in name)
+        # A flag that isn't 0 would stop the step; the chunk table stays as it is.
+        operands = [*launch.reached, *list(tensors.values())[2:]]
+    else:
+        skipped = ("key_counts", "bias", "weight", "partial_weight", "partial_bias")
+        least = size([x for k, x in tensors.items() if k not in skipped])
+        operands = [x for x in tensors.values() if x.is_floating_point()]
+    if launch.constants.get("PREDICATED") is False:
+        name += ", unconditional"
+
+    def used(arch: str) -> Resources:
+        compiled = compile_for(launch, arch)
+        metadata = compiled.metadata
+        return resources(compiled.asm["cubin"], metadata.name, metadata.shared)
+
+    def run(arch: str) -> ptx_runner.Traffic:
+        return ptx_runner.run(launch, arch, results=False)
+
+    return Kernel(f"Triton {name}", 32 * launch.num_warps, least, operands, used, run)
 
 
-def label(launch: Launch) -> str:
-    """Name of a kernel, with what distinguishes the launches of a step."""
-    name = launch.kernel.__name__
-    return f"{name}, unconditional" if launch.constants.get("PREDICATED") is False else name
+def cuda_kernel(case: Case, launch: Planned) -> Kernel:
+    """A launch of a CUDA kernel."""
+    plan, operands = launch.plan, launch.operands
+    name = plan["entry"].removeprefix("ca3d_")
+    if case.op == "preparam_step":
+        reached: dict[str, list[Tensor]] = {}
+        for key, x in operands.items():
+            reached.setdefault(key.rpartition(".")[2], []).append(x)
+        least = of_step(reached, "overflows" in name)
+        if "device.found_inf" not in operands:
+            name += ", unconditional"
+    else:
+        least = size(list(operands.values()))
+
+    def used(arch: str) -> Resources:
+        _, cubin = cuda_dump.code(case.op, arch)
+        return resources(cubin, plan["entry"], plan["shared"])
+
+    def run(arch: str) -> ptx_runner.Traffic:
+        ptx, _ = cuda_dump.code(case.op, arch)
+        return ptx_runner.run_planned(ptx, launch)
+
+    return Kernel(f"CUDA {name}", plan["block"][0], least, list(operands.values()), used, run)
+
+
+def cuda_launches(case: Case, arch: str, device: str) -> list[Planned]:
+    """The launches of an op's CUDA kernels, if there is code for the architecture."""
+    launches = cuda_dump.planned(case, device)
+    if launches:
+        cuda_dump.code(case.op, arch)
+    return launches
+
+
+def kernels(case: Case, arch: str, device: str = "meta") -> Iterator[Kernel | str]:
+    """The kernels of a problem, and why a backend has none."""
+    for planned, kernel in (
+        (lambda: problems.launches(case, arch, device), triton_kernel),
+        (lambda: cuda_launches(case, arch, device), cuda_kernel),
+    ):
+        try:
+            yield from (kernel(case, launch) for launch in planned())
+        except UnsupportedInputError as reason:
+            yield str(reason)
 
 
 def compiled_rows() -> Iterator[str]:
@@ -91,19 +180,17 @@ def compiled_rows() -> Iterator[str]:
     yield "other widths | warps a multiprocessor (of) |\n|---|---|---|---|---|---|---|---|\n"
     for case in problems.cases():
         for arch, limits in ARCHS.items():
-            try:
-                launches = problems.launches(case, arch)
-            except UnsupportedInputError as reason:
-                yield f"| {case.op} | {case.name} | {arch} | refused: {reason} | | | | |\n"
-                continue
-            for launch in launches:
-                used = resources(compile_for(launch, arch))
+            for kernel in kernels(case, arch):
+                if isinstance(kernel, str):
+                    yield f"| {case.op} | {case.name} | {arch} | refused: {kernel} | | | | |\n"
+                    continue
+                used = kernel.resources(arch)
                 moved = {a: n for a, n in used.accesses.items() if a.startswith(("LDG", "STG"))}
                 loads = moved.pop("LDG.128", 0) + moved.pop("LDGSTS.128", 0)
                 stores = moved.pop("STG.128", 0)
                 others = " ".join(f"{a} {n}" for a, n in moved.items()) or "none"
-                held = occupancy(used.registers, used.shared, launch.num_warps, arch)
-                yield f"| {label(launch)} | {case.name} | {arch} | {used.registers} "
+                held = occupancy(used.registers, used.shared, kernel.threads // 32, arch)
+                yield f"| {kernel.name} | {case.name} | {arch} | {used.registers} "
                 yield f"| {used.shared} | {used.stack} | {loads} + {stores}, {others} "
                 yield f"| {held} of {limits.warps} |\n"
 
@@ -123,18 +210,14 @@ def traffic_rows() -> Iterator[str]:
     for case in map(small, problems.cases()):
         if case.op == "qkv_attention":
             continue
-        for launch in problems.launches(case, "sm_90", device="cpu"):
-            tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
-            if case.op == "preparam_step":
-                # A flag that isn't 0 would stop the step.
-                tensors = [*launch.reached, *tensors[2:]]
-            for x in tensors:
-                if x.is_floating_point():
-                    x.zero_()
-            found = ptx_runner.run(launch, "sm_90", results=False)
-            least = minimum_bytes(case, launch)
-            yield f"| {label(launch)} | {case.name} | {found.bytes / least:.3f} "
-            yield f"| {32 * found.sectors / least:.3f} |\n"
+        for kernel in kernels(case, "sm_90", device="cpu"):
+            if isinstance(kernel, str):
+                continue
+            for x in kernel.operands:
+                x.zero_()
+            found = kernel.run("sm_90")
+            yield f"| {kernel.name} | {case.name} | {found.bytes / kernel.least:.3f} "
+            yield f"| {32 * found.sectors / kernel.least:.3f} |\n"
 
 
 def roofline_rows() -> Iterator[str]:
@@ -142,10 +225,11 @@ def roofline_rows() -> Iterator[str]:
     yield "| kernel | problem | minimum MB | " + " | ".join(f"{d}, us" for d in DEVICES) + " |\n"
     yield "|---|---|---|" + "---|" * len(DEVICES) + "\n"
     for case in problems.cases():
-        for launch in problems.launches(case, "sm_90"):
-            least = minimum_bytes(case, launch)
-            floors = " | ".join(f"{least / speed * 1e6:.1f}" for speed in DEVICES.values())
-            yield f"| {label(launch)} | {case.name} | {least / 1e6:.1f} | {floors} |\n"
+        for kernel in kernels(case, "sm_90"):
+            if isinstance(kernel, str):
+                continue
+            floors = " | ".join(f"{kernel.least / speed * 1e6:.1f}" for speed in DEVICES.values())
+            yield f"| {kernel.name} | {case.name} | {kernel.least / 1e6:.1f} | {floors} |\n"
 
 
 INTRODUCTION = """# What is known about the GPU kernels without a GPU

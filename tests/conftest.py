@@ -1,11 +1,17 @@
 """Fixtures of every test: poisoned memory and a fixed seed."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from ca3d_kernels.triton_launch import interpreted
+
+# A shell that runs the tests in the background has them ignore SIGINT, which commands under test
+# would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if interpreted():
     import triton_interpreter

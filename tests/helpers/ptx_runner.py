@@ -9,6 +9,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -34,17 +35,53 @@ class Traffic(NamedTuple):
 
 
 @functools.cache
-def _tool() -> Any:
+def ptx_tool() -> Any:
+    """The module that translates and runs PTX."""
     sys.path.insert(0, FOLDER)
     return importlib.import_module("ptx2cpp")
 
 
+# Instructions of which the tool passes over a modifier, and others that mean the same: `.sat` and
+# `.relu` clamp, and additions of mixed precision widen one operand.
+_SPELLED_OUT = (
+    (
+        r"(?P<op>fma\.\w+|cvt)\.sat\.(?P<types>(f32\.)?f32)\s+(?P<to>%\w+),(?P<rest>[^;]*);",
+        r"\g<guard>\g<op>.\g<types> \g<to>,\g<rest>; "
+        r"\g<guard>max.f32 \g<to>, \g<to>, 0f00000000; "
+        r"\g<guard>min.f32 \g<to>, \g<to>, 0f3F800000;",
+    ),
+    (
+        r"min\.relu\.s32\s+(?P<to>%\w+),(?P<rest>[^;]*);",
+        r"\g<guard>min.s32 \g<to>,\g<rest>; \g<guard>max.s32 \g<to>, \g<to>, 0;",
+    ),
+    (
+        r"(?P<op>add|sub)\.rn\.f32\.(?P<half>b?f16)\s+(?P<to>%\w+),\s*(?P<x>%\w+),(?P<y>[^;]*);",
+        r"{ .reg .f32 %widened; cvt.f32.\g<half> %widened, \g<x>; "
+        r"\g<guard>\g<op>.f32 \g<to>, %widened,\g<y>; }",
+    ),
+)
+
+
+def spelled_out(ptx: str) -> str:
+    """PTX of the same meaning in instructions that the tool reads as they are meant."""
+    for pattern, replacement in _SPELLED_OUT:
+        ptx = re.sub(r"(?P<guard>@!?%\w+\s+)?\b" + pattern, replacement, ptx)
+    return ptx
+
+
 @functools.cache
 def _module(ptx: str) -> Any:
-    return _tool().Module(ptx)
+    return ptx_tool().Module(spelled_out(ptx))
 
 
-def _memory(x: Tensor) -> tuple[int, int, int]:
+@functools.cache
+def cuda_module(ptx: str, entry: str) -> Any:
+    """One kernel of a CUDA source's PTX, ready to run."""
+    return ptx_tool().Module(spelled_out(ptx), only=entry)
+
+
+def memory(x: Tensor) -> tuple[int, int, int]:
+    """Address and bytes that a tensor spans, for the check of every access."""
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     size = (last + 1) * x.element_size() if x.numel() else 0
     return x.data_ptr(), size, 0
@@ -53,12 +90,28 @@ def _memory(x: Tensor) -> tuple[int, int, int]:
 def _run(ptx: str, entry: str, launch: Launch, shared: int, order: int) -> dict[str, int]:
     tensors = [x for x in launch.arguments.values() if isinstance(x, Tensor)]
     values = [x.data_ptr() if isinstance(x, Tensor) else x for x in launch.arguments.values()]
-    buffers = [_memory(x) for x in (*tensors, *launch.reached)]
+    buffers = [memory(x) for x in (*tensors, *launch.reached)]
     statistics, _ = _module(ptx).run(
         entry, (launch.programs,), (32 * launch.num_warps,), [*values, 0, 0], buffers,
         dyn=shared, order=order, stats=1,
     )  # fmt: skip
     return statistics
+
+
+def _traffic(counts: dict[str, int]) -> Traffic:
+    loads, stores = counts["ld_bytes"], counts["st_bytes"]
+    return Traffic(loads + stores, counts["ld_sectors"] + counts["st_sectors"])
+
+
+def run_planned(ptx: str, launch: Any) -> Traffic:
+    """Runs a CUDA kernel on CPU tensors; see `ca3d_kernels.cuda_dump.Planned`."""
+    plan = launch.plan
+    (parameter,) = plan["parameters"]
+    counts, _ = cuda_module(ptx, plan["entry"]).run(
+        plan["entry"], plan["grid"], plan["block"], [parameter["bytes"]],
+        [memory(x) for x in launch.operands.values()], dyn=plan["shared"], stats=1,
+    )  # fmt: skip
+    return _traffic(counts)
 
 
 def races(launch: Launch, arch: str) -> str:
@@ -70,11 +123,11 @@ def races(launch: Launch, arch: str) -> str:
 
     compiled = compile_for(launch, arch)
     entry = compiled.metadata.name
-    program = _tool().Exe(compiled.asm["ptx"], only=entry, san="thread")
+    program = ptx_tool().Exe(spelled_out(compiled.asm["ptx"]), only=entry, san="thread")
     arguments: list[Any] = []
     for value in launch.arguments.values():
         if isinstance(value, Tensor):
-            address, size, _ = _memory(value)
+            address, size, _ = memory(value)
             copied = bytearray(ctypes.string_at(address, size))
             arguments.append(np.frombuffer(copied, np.uint8))
         else:
@@ -114,5 +167,4 @@ def run(launch: Launch, arch: str, order: int = 0, *, results: bool = True) -> T
     sender.close()
     counts = receiver.recv() if receiver.poll(300) else {}
     assert os.waitpid(child, 0)[1] == 0, f"{entry}: the PTX runner reported an error"
-    loads, stores = counts["ld_bytes"], counts["st_bytes"]
-    return Traffic(loads + stores, counts["ld_sectors"] + counts["st_sectors"])
+    return _traffic(counts)

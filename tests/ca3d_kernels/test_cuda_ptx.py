@@ -1,0 +1,216 @@
+"""The PTX that nvcc makes of the CUDA kernels, run on the CPU: results, races, bytes moved.
+
+Needs nvcc, and in `CA3D_PTX_RUNNER` the folder of a tool that translates PTX to C++.
+"""
+
+import functools
+import tempfile
+from array import array
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import Problem, assert_rounded, define, errors, operands, vary
+from commands import run, tool
+from ptx_runner import ORDERS, cuda_module, memory, needs_ptx_runner, ptx_tool, spelled_out
+from step_cases import assert_same_bits
+from torch import Tensor
+
+from ca3d_kernels.local_attention.cpu import operand, problem
+from ca3d_kernels.local_attention.op import Options
+from ca3d_kernels.preparam_step.cpu import library_arguments
+from ca3d_kernels.preparam_step.op import Batch, ReferenceKernels
+from ca3d_kernels.preparam_step.reference import Hyperparameters
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+pytestmark = [pytest.mark.slow, needs_ptx_runner]
+
+ARCHITECTURES = (80, 90, 120)
+ORDINARY = Problem(frames=8, heads=4, head_dim=64, lead=(1, 6))
+PROBLEMS = {
+    "stage 1": vary(ORDINARY, layout="channels-last"),
+    "stage 2": vary(ORDINARY, frames=4, heads=8, layout="channels-last"),
+    "64 frames": vary(ORDINARY, frames=64, heads=1),
+    "key table": vary(ORDINARY, edge="zero", table="published"),
+    "dilated, shifted": vary(ORDINARY, dilation=2, edge="shift", kernel_size=4),
+    "long, causal": vary(ORDINARY, frames=200, heads=1, head_dim=128, causal=True, lead=(1,)),
+    "unaligned": vary(ORDINARY, layout="sliced", grad_layout="sliced", lead=(1, 2)),
+    "wide window": vary(ORDINARY, frames=64, heads=1, head_dim=128, kernel_size=40, lead=(1,)),
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@functools.cache
+def ptx(op: str, arch: int) -> str:
+    command = (tool("nvcc"), "-std=c++17", "-O3", f"-I{CSRC}", f"-arch=compute_{arch}", "-ptx")
+    with tempfile.TemporaryDirectory() as folder:
+        run(*command, CSRC / op / f"{op}.cu", "-o", f"{folder}/kernels.ptx")
+        return Path(folder, "kernels.ptx").read_text()
+
+
+def execute(
+    op: str, arch: int, plan: dict, tensors: list[Tensor], order: int = 0
+) -> dict[str, int]:
+    """Runs a described launch; returns what was loaded and stored."""
+    (parameter,) = plan["parameters"]
+    statistics, _ = cuda_module(ptx(op, arch), plan["entry"]).run(
+        plan["entry"], plan["grid"], plan["block"], [parameter["bytes"]],
+        [memory(x) for x in tensors], dyn=plan["shared"], order=order, stats=1,
+    )  # fmt: skip
+    return statistics
+
+
+def launches(
+    library: ModuleType, case: Problem
+) -> tuple[list[tuple[dict, list[Tensor], list[Tensor]]], tuple[Tensor, ...]]:
+    """Forward and backward plan of a problem, with all tensors and the results among them."""
+    inputs = operands(case)
+    q, k, v, go = (x.view((1,) * (5 - x.dim()) + tuple(x.shape)) for x in inputs)
+    o, dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(4))
+    arguments = problem(q, Options(**{"backend": "", **flat(case)}))
+    found = []
+    for tensors, results in (((q, k, v, o), [o]), ((q, k, v, go, dq, dk, dv), [dq, dk, dv])):
+        (plan,) = library.local_attention_launches(*arguments, [operand(x) for x in tensors])
+        found.append((plan, list(tensors), results))
+    return found, inputs
+
+
+def flat(case: Problem) -> dict:
+    options = case.definition_options()
+    return {**options, "key_table": tuple(options["key_table"] or ())}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_attention(name: str, dtype: torch.dtype, arch: int, emulated_library: ModuleType) -> None:
+    case = vary(PROBLEMS[name], dtype=dtype)
+    plans, inputs = launches(emulated_library, case)
+    exact = define(case, *(x.double() for x in inputs))
+    same = define(case, *inputs)
+    for plan, tensors, results in plans:
+        first = None
+        for order in ORDERS:
+            for x in results:
+                x.fill_(torch.nan)
+            execute("local_attention", arch, plan, tensors, order)
+            if first is None:
+                first = [x.clone() for x in results]
+            assert all(torch.equal(x, y) for x, y in zip(results, first, strict=True))
+        for ours in results:
+            truth, peer = exact.pop(0), same.pop(0)
+            ours = ours.view(truth.shape)
+            error, torch_error, largest = errors(ours, peer, truth)
+            # The truth of float64 is itself of float64.
+            roundings = 16 if dtype == torch.float64 else 2
+            assert error <= 2 * torch_error + roundings * torch.finfo(dtype).eps * largest
+            if dtype in (torch.float16, torch.bfloat16):
+                assert_rounded(plan["entry"], ours, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["stage 1", "stage 2", "64 frames", "key table"])
+def test_attention_moves_every_byte_once(
+    name: str, dtype: torch.dtype, emulated_library: ModuleType
+) -> None:
+    case = vary(PROBLEMS[name], dtype=dtype)
+    plans, _ = launches(emulated_library, case)
+    if dtype in (torch.float16, torch.bfloat16):
+        assert all(plan["entry"].endswith("staged") for plan, _, _ in plans)
+    for plan, tensors, results in plans:
+        moved = execute("local_attention", 90, plan, tensors)
+        size = tensors[0].numel() * tensors[0].element_size()
+        read, written = (len(tensors) - len(results)) * size, len(results) * size
+        assert moved["st_bytes"] == written
+        # Rows that aren't kept in shared memory, for want of room, come from the caches again, and
+        # so do those around a tile.
+        if plan["entry"].endswith("staged") and field(plan, "tiles.divisor") == 1:
+            assert moved["ld_bytes"] <= 1.05 * read
+            assert moved["ld_sectors"] * 32 <= 1.1 * moved["ld_bytes"]
+        assert moved["st_sectors"] * 32 <= 1.1 * moved["st_bytes"]
+
+
+def field(plan: dict, name: str) -> int:
+    (parameter,) = plan["parameters"]
+    (at,) = [x["offset"] for x in parameter["fields"] if x["name"] == name]
+    return int.from_bytes(parameter["bytes"][at : at + 4], "little")
+
+
+def step_batch(dtype: torch.dtype, wide: torch.dtype) -> Batch:
+    torch.manual_seed(0)
+    sizes = (5000, 3, 4096, 16)
+    w = [(torch.randn(n) * 0.1).to(dtype) for n in sizes]
+    grads = [(torch.randn(n) * 0.1).to(dtype) for n in sizes]
+    theta = [(x * 128).to(wide) for x in w]
+    momenta = [torch.randn(n).to(wide) for n in sizes]
+    hyper = Hyperparameters(lr=0.05, momentum=0.9, weight_decay=5e-3)
+    return Batch(w, grads, theta, momenta, hyper, 128.0, 128.0)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_step(
+    dtypes: tuple[torch.dtype, torch.dtype], arch: int, emulated_library: ModuleType
+) -> None:
+    ours, reference = step_batch(*dtypes), step_batch(*dtypes)
+    found = torch.zeros(())
+    tensors = [*ours.params, *ours.grads, *ours.pre_params, *ours.momenta, found]
+    table, *rest = library_arguments(ours)
+    arguments = (np.frombuffer(array("q", table), np.int64), *rest, (0, 0, found.data_ptr()))
+    for overflows in (True, False):
+        (plan,) = emulated_library.preparam_launches(*arguments, overflows)
+        moved = execute("preparam_step", arch, plan, tensors)
+        elements = sum(x.numel() for x in ours.params)
+        sizes = [x.element_size() for x in (ours.params[0], ours.pre_params[0])]
+        read = elements * (sizes[0] + 2 * sizes[1])
+        written = 0 if overflows else read
+        # Each thread reads found_inf, too.
+        assert moved["ld_bytes"] - 4 * 256 * plan["grid"][0] * (not overflows) <= 1.05 * read
+        assert moved["st_bytes"] == written
+    assert found.item() == 0
+    ReferenceKernels().step(reference)
+    for x, y in zip(
+        [*ours.params, *ours.pre_params, *ours.momenta],
+        [*reference.params, *reference.pre_params, *reference.momenta],
+        strict=True,
+    ):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("name", ["stage 2", "64 frames", "key table", "unaligned"])
+def test_no_races(name: str, emulated_library: ModuleType) -> None:
+    case = vary(PROBLEMS[name], dtype=torch.float16, lead=(1, 2))
+    for plan, tensors, _ in launches(emulated_library, case)[0]:
+        (parameter,) = plan["parameters"]
+        copies, pointers = [], {}
+        for x in tensors:
+            address, size, _ = memory(x)
+            pointers[address] = np.zeros(size, np.uint8)
+        for place in parameter["fields"]:
+            if place["name"].endswith(".data"):
+                at = place["offset"]
+                address = int.from_bytes(parameter["bytes"][at : at + 8], "little")
+                copies.append((pointers[address], at))
+        program = ptx_tool().Exe(
+            spelled_out(ptx("local_attention", 90)), only=plan["entry"], san="thread"
+        )
+        code, text = program.run(
+            plan["entry"], plan["grid"], plan["block"], [(parameter["bytes"], copies)],
+            dyn=plan["shared"],
+        )  # fmt: skip
+        assert code == 0, text
+        assert "ThreadSanitizer" not in text
