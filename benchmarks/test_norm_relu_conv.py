@@ -25,7 +25,12 @@ BLOCKS = {
     "block 3": (32, 256, 14, 14),
     "block 4": (16, 512, 7, 7),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def torchs(y: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:

@@ -63,49 +63,42 @@ def preparam_sgd_step_overflows(
     threads: int,
     largest: NDArray[np.float64] | None = None,
 ) -> bool: ...
-def norm_relu_statistics(
+def normalise(
     dtype: str,
-    rows: int,
-    channels: int,
+    matrix: tuple[int, int],
     relu: bool,
-    y: int,
-    mean: int,
-    variance: int,
-    threads: int,
-) -> None: ...
-def norm_relu_apply(
-    dtype: str,
-    rows: int,
-    channels: int,
-    relu: bool,
+    affine: tuple[int, int],
+    eps: float,
     y: int,
     residual: int,
-    coefficients: tuple[int, int, int],
+    statistics: tuple[int, int],
     z: int,
     wide: bool,
     threads: int,
 ) -> None: ...
-def norm_relu_reduce(
+def normalise_again(
     dtype: str,
-    rows: int,
-    channels: int,
+    matrix: tuple[int, int],
     relu: bool,
-    mean: int,
+    affine: tuple[int, int],
+    eps: float,
     y: int,
-    dz: int,
-    more: int,
-    sum: int,
-    product: int,
+    statistics: tuple[int, int],
+    z: int,
+    wide: bool,
     threads: int,
 ) -> None: ...
-def norm_relu_backward(
+def normalise_backward(
     dtype: str,
-    rows: int,
-    channels: int,
+    matrix: tuple[int, int],
     relu: bool,
+    affine: tuple[int, int],
+    eps: float,
     y: int,
+    statistics: tuple[int, int],
     dz: int,
-    coefficients: tuple[int, int, int, int],
+    more: int,
     dy: int,
+    gradients: tuple[int, int],
     threads: int,
 ) -> None: ...

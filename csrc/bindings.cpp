@@ -95,50 +95,45 @@ Element* pointer(int64_t address) {
   return reinterpret_cast<Element*>(address);
 }
 
-// Every tensor is an address; coefficients and results of channels are doubles.
-void norm_relu_statistics(const std::string& dtype, int64_t rows, int64_t channels, bool relu,
-                          int64_t y, int64_t mean, int64_t variance, int threads) {
-  const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
+// matrix is (rows, channels), affine (weight, bias), statistics (mean, variance). Every tensor is
+// an address, 0 for none; what belongs to channels is in doubles.
+void normalise(const std::string& dtype, const std::array<int64_t, 2>& matrix, bool relu,
+               const std::array<int64_t, 2>& affine, double eps, int64_t y, int64_t residual,
+               const std::array<int64_t, 2>& statistics, int64_t z, bool wide, int threads) {
+  const ca3d::NormReluProblem problem{parse_dtype(dtype), matrix[0], matrix[1], relu};
+  const ca3d::NormReluAffine parsed{pointer<const double>(affine[0]),
+                                    pointer<const double>(affine[1]), eps};
   const py::gil_scoped_release release;
-  ca3d::norm_relu_statistics(problem, pointer<const void>(y), pointer<double>(mean),
-                             pointer<double>(variance), threads);
+  ca3d::normalise(problem, parsed, pointer<const void>(y), pointer<const void>(residual),
+                  pointer<double>(statistics[0]), pointer<double>(statistics[1]), pointer<void>(z),
+                  wide, threads);
 }
 
-// coefficients is (mean, scale, bias); residual 0 for none.
-void norm_relu_apply(const std::string& dtype, int64_t rows, int64_t channels, bool relu, int64_t y,
-                     int64_t residual, const std::array<int64_t, 3>& coefficients, int64_t z,
-                     bool wide, int threads) {
-  const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
-  const ca3d::NormReluCoefficients numbers{
-      pointer<const double>(coefficients[0]), pointer<const double>(coefficients[1]),
-      pointer<const double>(coefficients[2]), nullptr, nullptr};
+void normalise_again(const std::string& dtype, const std::array<int64_t, 2>& matrix, bool relu,
+                     const std::array<int64_t, 2>& affine, double eps, int64_t y,
+                     const std::array<int64_t, 2>& statistics, int64_t z, bool wide, int threads) {
+  const ca3d::NormReluProblem problem{parse_dtype(dtype), matrix[0], matrix[1], relu};
+  const ca3d::NormReluAffine parsed{pointer<const double>(affine[0]),
+                                    pointer<const double>(affine[1]), eps};
   const py::gil_scoped_release release;
-  ca3d::norm_relu_apply(problem, numbers, pointer<const void>(y), pointer<const void>(residual),
+  ca3d::normalise_again(problem, parsed, pointer<const double>(statistics[0]),
+                        pointer<const double>(statistics[1]), pointer<const void>(y),
                         pointer<void>(z), wide, threads);
 }
 
-// more 0 for none.
-void norm_relu_reduce(const std::string& dtype, int64_t rows, int64_t channels, bool relu,
-                      int64_t mean, int64_t y, int64_t dz, int64_t more, int64_t sum,
-                      int64_t product, int threads) {
-  const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
+// gradients is (dweight, dbias).
+void normalise_backward(const std::string& dtype, const std::array<int64_t, 2>& matrix, bool relu,
+                        const std::array<int64_t, 2>& affine, double eps, int64_t y,
+                        const std::array<int64_t, 2>& statistics, int64_t dz, int64_t more,
+                        int64_t dy, const std::array<int64_t, 2>& gradients, int threads) {
+  const ca3d::NormReluProblem problem{parse_dtype(dtype), matrix[0], matrix[1], relu};
+  const ca3d::NormReluAffine parsed{pointer<const double>(affine[0]),
+                                    pointer<const double>(affine[1]), eps};
   const py::gil_scoped_release release;
-  ca3d::norm_relu_reduce(problem, pointer<const double>(mean), pointer<const void>(y),
-                         pointer<void>(dz), pointer<const void>(more), pointer<double>(sum),
-                         pointer<double>(product), threads);
-}
-
-// coefficients is (mean, scale, offset, slope).
-void norm_relu_backward(const std::string& dtype, int64_t rows, int64_t channels, bool relu,
-                        int64_t y, int64_t dz, const std::array<int64_t, 4>& coefficients,
-                        int64_t dy, int threads) {
-  const ca3d::NormReluProblem problem{parse_dtype(dtype), rows, channels, relu};
-  const ca3d::NormReluCoefficients numbers{
-      pointer<const double>(coefficients[0]), pointer<const double>(coefficients[1]), nullptr,
-      pointer<const double>(coefficients[2]), pointer<const double>(coefficients[3])};
-  const py::gil_scoped_release release;
-  ca3d::norm_relu_backward(problem, numbers, pointer<const void>(y), pointer<const void>(dz),
-                           pointer<void>(dy), threads);
+  ca3d::normalise_backward(problem, parsed, pointer<const double>(statistics[0]),
+                           pointer<const double>(statistics[1]), pointer<const void>(y),
+                           pointer<void>(dz), pointer<const void>(more), pointer<void>(dy),
+                           pointer<double>(gradients[0]), pointer<double>(gradients[1]), threads);
 }
 
 }  // namespace
@@ -165,18 +160,15 @@ PYBIND11_MODULE(_native, m) {
   m.attr("preparam_run") = ca3d::kPreParamRun;
   def_preparam(m, "preparam_sgd_step", &preparam<ca3d::preparam_sgd_step>);
   def_preparam(m, "preparam_sgd_step_overflows", &preparam<ca3d::preparam_sgd_step_overflows>);
-  m.def("norm_relu_statistics", &norm_relu_statistics, py::arg("dtype"), py::arg("rows"),
-        py::arg("channels"), py::arg("relu"), py::arg("y"), py::arg("mean"), py::arg("variance"),
-        py::arg("threads"));
-  m.def("norm_relu_apply", &norm_relu_apply, py::arg("dtype"), py::arg("rows"), py::arg("channels"),
-        py::arg("relu"), py::arg("y"), py::arg("residual"), py::arg("coefficients"), py::arg("z"),
+  m.def("normalise", &normalise, py::arg("dtype"), py::arg("matrix"), py::arg("relu"),
+        py::arg("affine"), py::arg("eps"), py::arg("y"), py::arg("residual"), py::arg("statistics"),
+        py::arg("z"), py::arg("wide"), py::arg("threads"));
+  m.def("normalise_again", &normalise_again, py::arg("dtype"), py::arg("matrix"), py::arg("relu"),
+        py::arg("affine"), py::arg("eps"), py::arg("y"), py::arg("statistics"), py::arg("z"),
         py::arg("wide"), py::arg("threads"));
-  m.def("norm_relu_reduce", &norm_relu_reduce, py::arg("dtype"), py::arg("rows"),
-        py::arg("channels"), py::arg("relu"), py::arg("mean"), py::arg("y"), py::arg("dz"),
-        py::arg("more"), py::arg("sum"), py::arg("product"), py::arg("threads"));
-  m.def("norm_relu_backward", &norm_relu_backward, py::arg("dtype"), py::arg("rows"),
-        py::arg("channels"), py::arg("relu"), py::arg("y"), py::arg("dz"), py::arg("coefficients"),
-        py::arg("dy"), py::arg("threads"));
+  m.def("normalise_backward", &normalise_backward, py::arg("dtype"), py::arg("matrix"),
+        py::arg("relu"), py::arg("affine"), py::arg("eps"), py::arg("y"), py::arg("statistics"),
+        py::arg("dz"), py::arg("more"), py::arg("dy"), py::arg("gradients"), py::arg("threads"));
   m.def("openmp", [] {
 #ifdef _OPENMP
     return std::to_string(_OPENMP);

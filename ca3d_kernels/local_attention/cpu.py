@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ca3d_kernels import backends
+from ca3d_kernels import backends, pages
 from ca3d_kernels.local_attention.op import EDGES, Options
 
 _DTYPES = {
@@ -12,12 +12,6 @@ _DTYPES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-
-
-# From this size on glibc maps fresh memory for every tensor, and its page faults cost more than the
-# kernel: touching 96 MB took 42 ms in pages of 4 KB, and 7.5 ms in huge ones. Smaller tensors get
-# memory that was in use before, which has its pages.
-_HUGE_PAGES_FROM = 32 << 20
 
 
 def operand(x: Tensor) -> tuple[int, int, int, int, int]:
@@ -38,11 +32,11 @@ class NativeKernels:
         assert native is not None
         self._forward = native.local_attention_forward
         self._backward = native.local_attention_backward
-        self._advise_huge_pages = native.advise_huge_pages
+        self._native = native
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options) -> None:
         """Writes the attention output into o."""
-        self._prepare(o)
+        pages.prepare(self._native, o)
         self._forward(*problem(q, options), *map(operand, (q, k, v, o)), torch.get_num_threads())
 
     def backward(
@@ -57,16 +51,9 @@ class NativeKernels:
         options: Options,
     ) -> None:
         """Writes the gradients of q, k and v into dq, dk and dv."""
-        self._prepare(dq, dk, dv)
+        pages.prepare(self._native, dq, dk, dv)
         operands = map(operand, (q, k, v, grad, dq, dk, dv))
         self._backward(*problem(q, options), *operands, torch.get_num_threads())
-
-    def _prepare(self, *results: Tensor) -> None:
-        for address, size in {
-            (x.data_ptr(), x.nbytes()) for x in map(Tensor.untyped_storage, results)
-        }:
-            if size >= _HUGE_PAGES_FROM:
-                self._advise_huge_pages(address, size)
 
 
 def problem(

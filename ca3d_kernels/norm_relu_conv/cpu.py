@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ca3d_kernels import backends
+from ca3d_kernels import backends, pages
 
 _DTYPES = {
     torch.float32: "float32",
@@ -21,78 +21,98 @@ class NativeKernels:
         assert native is not None
         self._native = native
 
-    def statistics(self, y: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    def normalise(
+        self,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        relu: bool,
+        z: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """See `op.Kernels`."""
-        mean, variance = _doubles(y), _doubles(y)
-        self._native.norm_relu_statistics(
-            *_problem(y, relu), *_addresses(y, mean, variance), torch.get_num_threads()
+        pages.prepare(self._native, z)
+        weight, bias = weight.double(), bias.double()
+        mean, variance = _two_of_channels(y)
+        self._native.normalise(
+            *_problem(y, relu),
+            _addresses(weight, bias),
+            eps,
+            *_addresses(y, residual),
+            _addresses(mean, variance),
+            z.data_ptr(),
+            z.dtype != y.dtype,
+            torch.get_num_threads(),
         )
         return mean, variance
 
-    def apply(
+    def normalise_again(
         self,
         y: Tensor,
-        residual: Tensor | None,
-        mean: Tensor,
-        scale: Tensor,
+        weight: Tensor,
         bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
         relu: bool,
         z: Tensor,
     ) -> None:
         """See `op.Kernels`."""
-        coefficients = _addresses(mean, scale, bias)
-        self._native.norm_relu_apply(
+        pages.prepare(self._native, z)
+        weight, bias = weight.double(), bias.double()
+        self._native.normalise_again(
             *_problem(y, relu),
-            *_addresses(y, residual),
-            coefficients,
+            _addresses(weight, bias),
+            eps,
+            y.data_ptr(),
+            _addresses(mean, variance),
             z.data_ptr(),
             z.dtype != y.dtype,
             torch.get_num_threads(),
         )
 
-    def reduce(
-        self, y: Tensor, dz: Tensor, more: Tensor | None, mean: Tensor, relu: bool
-    ) -> tuple[Tensor, Tensor]:
-        """See `op.Kernels`."""
-        total, product = _doubles(y), _doubles(y)
-        self._native.norm_relu_reduce(
-            *_problem(y, relu),
-            *_addresses(mean, y, dz, more, total, product),
-            torch.get_num_threads(),
-        )
-        return total, product
-
     def backward(
         self,
         y: Tensor,
         dz: Tensor,
+        more: Tensor | None,
+        weight: Tensor,
         mean: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-        slope: Tensor,
+        variance: Tensor,
+        eps: float,
         relu: bool,
-        dy: Tensor,
-    ) -> None:
+        dy: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """See `op.Kernels`."""
-        coefficients = _addresses(mean, scale, offset, slope)
-        self._native.norm_relu_backward(
+        if dy is not None and dy is not dz:
+            pages.prepare(self._native, dy)
+        weight = weight.double()
+        dweight, dbias = _two_of_channels(y)
+        self._native.normalise_backward(
             *_problem(y, relu),
-            *_addresses(y, dz),
-            coefficients,
-            dy.data_ptr(),
+            (weight.data_ptr(), 0),
+            eps,
+            y.data_ptr(),
+            _addresses(mean, variance),
+            *_addresses(dz, more, dy),
+            _addresses(dweight, dbias),
             torch.get_num_threads(),
         )
+        return dweight, dbias
 
 
-def _problem(y: Tensor, relu: bool) -> tuple[str, int, int, bool]:
-    """What the library wants to know besides addresses: dtype, rows, channels, relu."""
+def _problem(y: Tensor, relu: bool) -> tuple[str, tuple[int, int], bool]:
+    """What the library wants to know first: dtype, (rows, channels), relu."""
     channels = y.shape[1]
-    return _DTYPES[y.dtype], y.numel() // channels, channels, relu
+    return _DTYPES[y.dtype], (y.numel() // channels, channels), relu
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if x is None else x.data_ptr() for x in tensors)
+    return tuple([0 if x is None else x.data_ptr() for x in tensors])
 
 
-def _doubles(y: Tensor) -> Tensor:
-    return torch.empty(y.shape[1], dtype=torch.float64)
+def _two_of_channels(y: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty(y.shape[1], dtype=torch.float64), torch.empty(
+        y.shape[1], dtype=torch.float64
+    )

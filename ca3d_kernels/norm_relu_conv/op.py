@@ -56,95 +56,126 @@ class Options(NamedTuple):
 class Kernels(Protocol):
     """What a backend provides for this op.
 
-    Tensors are (N, C, H, W), physically a dense (N * H * W, C) matrix; statistics and coefficients
-    are (C,) in float64. x is relu(y), or y without `relu`.
+    Tensors are (N, C, H, W), physically a dense (N * H * W, C) matrix; statistics and the gradients
+    of weight and bias are (C,) in float64. x is relu(y), or y without `relu`.
     """
 
-    def statistics(self, y: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of x."""
-
-    def apply(
+    def normalise(
         self,
         y: Tensor,
-        residual: Tensor | None,
-        mean: Tensor,
-        scale: Tensor,
+        weight: Tensor,
         bias: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        relu: bool,
+        z: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Writes ``(x - mean) / sqrt(variance + eps) * weight + bias + residual``, rounded to y's
+        dtype, into z, which may be float32 with y in half precision. Returns mean and variance."""
+
+    def normalise_again(
+        self,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
         relu: bool,
         z: Tensor,
     ) -> None:
-        """Writes ``(x - mean) * scale + bias + residual``, rounded to y's dtype, into z, which may
-        be float32 with y in half precision."""
-
-    def reduce(
-        self, y: Tensor, dz: Tensor, more: Tensor | None, mean: Tensor, relu: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Adds `more` to dz in place, then sums dz, and dz * (x - mean)."""
+        """Writes the same without a residual, by known statistics."""
 
     def backward(
         self,
         y: Tensor,
         dz: Tensor,
+        more: Tensor | None,
+        weight: Tensor,
         mean: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-        slope: Tensor,
+        variance: Tensor,
+        eps: float,
         relu: bool,
-        dy: Tensor,
-    ) -> None:
-        """Writes ``scale * (dz - offset - (x - mean) * slope)``, with `relu` only where y > 0, into
-        dy, which may be dz."""
+        dy: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Adds `more` to dz in place, then writes the gradient of y into dy, which may be dz, or
+        None where it isn't wanted. Returns the gradients of weight and bias."""
 
 
 class ReferenceKernels:
     """The definition in torch operations, on any device."""
 
-    def statistics(self, y: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-        """See `Kernels`."""
-        mean, variance = reference.statistics(y, relu)
-        return mean.double(), variance.double()
-
-    def apply(
+    def normalise(
         self,
         y: Tensor,
-        residual: Tensor | None,
-        mean: Tensor,
-        scale: Tensor,
+        weight: Tensor,
         bias: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        relu: bool,
+        z: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels`."""
+        mean, variance = (m.double() for m in reference.statistics(y, relu))
+        value = self._normalised(y, weight, bias, mean, variance, eps, relu)
+        if residual is not None:
+            value += residual
+        z.copy_(value.to(y.dtype))
+        return mean, variance
+
+    def normalise_again(
+        self,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
         relu: bool,
         z: Tensor,
     ) -> None:
         """See `Kernels`."""
-        value = _centred(y, mean, relu).mul_(_column(scale, y)).add_(_column(bias, y))
-        if residual is not None:
-            value += residual
-        z.copy_(value.to(y.dtype))
-
-    def reduce(
-        self, y: Tensor, dz: Tensor, more: Tensor | None, mean: Tensor, relu: bool
-    ) -> tuple[Tensor, Tensor]:
-        """See `Kernels`."""
-        if more is not None:
-            dz += more
-        wide = dz.to(reference.computed(dz.dtype))
-        products = wide * _centred(y, mean, relu)
-        return wide.sum((0, 2, 3)).double(), products.sum((0, 2, 3)).double()
+        z.copy_(self._normalised(y, weight, bias, mean, variance, eps, relu).to(y.dtype))
 
     def backward(
         self,
         y: Tensor,
         dz: Tensor,
+        more: Tensor | None,
+        weight: Tensor,
         mean: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-        slope: Tensor,
+        variance: Tensor,
+        eps: float,
         relu: bool,
-        dy: Tensor,
-    ) -> None:
+        dy: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
-        inner = dz - _column(offset, y) - _centred(y, mean, relu) * _column(slope, y)
-        inner *= _column(scale, y)
-        dy.copy_(inner.masked_fill_(y <= 0, 0) if relu else inner)
+        if more is not None:
+            dz += more
+        inverse = (variance + eps).rsqrt()
+        wide, normalised = dz.to(reference.computed(dz.dtype)), _centred(y, mean, relu)
+        normalised *= _column(inverse, y)
+        dweight, dbias = ((wide * normalised).sum((0, 2, 3)), wide.sum((0, 2, 3)))
+        if dy is not None:
+            count = y.numel() // y.shape[1]
+            inner = wide - _column(dbias / count, y)
+            inner -= normalised.mul_(_column(dweight / count, y))
+            inner *= _column(weight.double() * inverse, y)
+            dy.copy_(inner.masked_fill_(y <= 0, 0) if relu else inner)
+        return dweight.double(), dbias.double()
+
+    @staticmethod
+    def _normalised(
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        scale = weight.double() * (variance + eps).rsqrt()
+        return _centred(y, mean, relu).mul_(_column(scale, y)).add_(_column(bias, y))
 
 
 def _column(values: Tensor, y: Tensor) -> Tensor:
@@ -167,7 +198,7 @@ def _cpu_unavailable(device: str) -> str | None:
     if device != "cpu":
         return "it serves CPU tensors only"
     return backends.native_lacks(
-        "norm_relu_statistics", "norm_relu_apply", "norm_relu_reduce", "norm_relu_backward"
+        "normalise", "normalise_again", "normalise_backward", "advise_huge_pages"
     )
 
 
@@ -208,12 +239,6 @@ def _plain_precision(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _scale(weight: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``weight / deviation`` and ``1 / deviation``."""
-    inverse = (variance + eps).rsqrt_()
-    return weight.double() * inverse, inverse
-
-
 def _forward(
     y: Tensor,
     weight: Tensor,
@@ -230,13 +255,11 @@ def _forward(
     dtype = _convolved(y)
     z = _empty(y, dtype=y.dtype if keep else dtype)
 
-    def normalise(kernels: Kernels) -> tuple[Tensor, Tensor]:
-        mean, variance = kernels.statistics(y, options.relu)
-        scale, _ = _scale(weight, variance, options.eps)
-        kernels.apply(y, residual, mean, scale, bias.double(), options.relu, z)
-        return mean, variance
-
-    mean, variance = _run(y, options, normalise)
+    mean, variance = _run(
+        y,
+        options,
+        lambda run: run.normalise(y, weight, bias, residual, options.eps, options.relu, z),
+    )
     if conv_weight is None:
         return y.new_empty(0), z, mean, variance
     with _plain_precision(y.device.type):
@@ -266,7 +289,6 @@ def _backward(
     needs_z, needs_y, options = arguments[0], arguments[1], Options(*arguments[2:])
     y = _dense(y)
     grad_z = None if grad_z is None else _dense(grad_z)
-    scale, inverse = _scale(weight, variance, options.eps)
     conv_gradients: tuple[Tensor, ...] = (y.new_empty(0), y.new_empty(0))
     own = grad is not None and conv_weight is not None
     if grad is not None and conv_weight is not None:
@@ -276,7 +298,9 @@ def _backward(
             _run(
                 y,
                 options,
-                lambda run: run.apply(y, None, mean, scale, bias.double(), options.relu, made),
+                lambda run: run.normalise_again(
+                    y, weight, bias, mean, variance, options.eps, options.relu, made
+                ),
             )
             del made
         dtype = _convolved(y)
@@ -295,22 +319,21 @@ def _backward(
     else:
         assert grad_z is not None
         dz, more = grad_z, None
-    total, product = _run(y, options, lambda run: run.reduce(y, dz, more, mean, options.relu))
-    dy = y.new_empty(0)
+    dy = None
     if needs_y:
         dy = dz if own and not needs_z else _empty(y)
-        count = y.numel() // y.shape[1]
-        offset, slope = total / count, product * inverse.square() / count
-        _run(
-            y,
-            options,
-            lambda run: run.backward(y, dz, mean, scale, offset, slope, options.relu, dy),
-        )
+    dweight, dbias = _run(
+        y,
+        options,
+        lambda run: run.backward(
+            y, dz, more, weight, mean, variance, options.eps, options.relu, dy
+        ),
+    )
     return (
         dz if own and needs_z else y.new_empty(0),
-        dy,
-        product.mul_(inverse).to(weight.dtype),
-        total.to(bias.dtype),
+        y.new_empty(0) if dy is None else dy,
+        dweight.to(weight.dtype),
+        dbias.to(bias.dtype),
         *(x.to(y.dtype) for x in conv_gradients),
     )
 
@@ -407,8 +430,7 @@ for _name, _kernel, _fake in (
     ("norm_relu_conv_backward", _backward, _fake_backward),
 ):
     for _device in ("CPU", "CUDA"):
-        # no_grad: torch operations inside an op must not record a graph of their own.
-        _library.impl(_name, torch.no_grad()(_kernel), _device)
+        _library.impl(_name, _kernel, _device)
     torch.library.register_fake(f"ca3d::{_name}", _fake, lib=_library)
 
 _op = torch.ops.ca3d.norm_relu_conv.default
@@ -517,13 +539,20 @@ def _differentiate_backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
     return tuple(_pullback(_backward_definition, arguments, differentiable, cotangents))
 
 
-def _batched(definition: Callable[..., Any], operands: int) -> Callable[..., Any]:
-    """A vmap rule that batches the definition."""
+def _one_by_one(op: Any) -> Callable[..., Any]:
+    """A vmap rule that runs the op on one slice after the other: each has its own statistics."""
 
     def rule(info: Any, dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = torch.vmap(
-            lambda *x: definition(*x, *arguments[operands:]), in_dims=dims[:operands]
-        )(*arguments[:operands])
+        slices = (
+            op(
+                *(
+                    x.select(dim, i) if isinstance(dim, int) else x
+                    for x, dim in zip(arguments, dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        )
+        results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
         return results, (0,) * len(results)
 
     return rule
@@ -563,7 +592,7 @@ def _call_backward(*arguments: Any) -> Any:
     return _Backward.apply(*arguments)
 
 
-def norm_relu_conv(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_relu_conv(*arguments: Any) -> tuple[Tensor, ...]:
     """Runs the op, or its definition under a transform that the op doesn't know.
 
     Args:
@@ -578,21 +607,15 @@ def norm_relu_conv(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         torch.Size([2, 3, 4, 4])
     """
     if _transformed():
-        return _definition(*arguments)  # type: ignore[return-value]
+        return _definition(*arguments)
     if torch.compiler.is_compiling():
         return _op(*arguments)
     return _Forward.apply(*arguments)
 
 
-for _name, _rule, _setup, _define, _count in (
-    ("norm_relu_conv", _differentiate, _save, _definition, _OPERANDS),
-    (
-        "norm_relu_conv_backward",
-        _differentiate_backward,
-        _save_backward,
-        _backward_definition,
-        _BACKWARD_OPERANDS,
-    ),
+for _name, _overload, _rule, _setup in (
+    ("norm_relu_conv", _op, _differentiate, _save),
+    ("norm_relu_conv_backward", _backward_op, _differentiate_backward, _save_backward),
 ):
     torch.library.register_autograd(f"ca3d::{_name}", _rule, setup_context=_setup, lib=_library)
-    torch.library.register_vmap(f"ca3d::{_name}", _batched(_define, _count), lib=_library)
+    torch.library.register_vmap(f"ca3d::{_name}", _one_by_one(_overload), lib=_library)

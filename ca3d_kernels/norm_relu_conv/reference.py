@@ -187,8 +187,8 @@ def norm_relu_conv_backward(
     def normalise(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return norm_relu(y, weight, bias, eps=eps, relu=relu)
 
-    transformed = torch.func.vjp(normalise, y, weight, bias)
-    made, pull = transformed[0], transformed[1]
+    vjp = torch.func.vjp(normalise, y, weight, bias)
+    made, pull = vjp[0], vjp[1]
     grad_input, grad_conv_weight, grad_conv_bias = grad_z, y.new_empty(0), y.new_empty(0)
     if grad is not None and conv_weight is not None:
         wide = computed(y.dtype)

@@ -3,6 +3,7 @@
 #include "norm_relu_conv/norm_relu_conv.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -57,14 +58,18 @@ void require(bool condition, const char* name, int64_t value, const char* allowe
                               std::to_string(value));
 }
 
+void check(const NormReluProblem& problem, int threads) {
+  require(problem.rows >= 1, "rows", problem.rows, "at least 1");
+  require(problem.channels >= 1, "channels", problem.channels, "at least 1");
+  require(threads >= 1, "threads", threads, "at least 1");
+}
+
 // The matrix as the kernels see it: `fold` rows side by side, and the few rows that are left over
 // as one shorter row.
 class Folded {
  public:
   Folded(const NormReluProblem& problem, int threads) : problem_(problem) {
-    require(problem.rows >= 1, "rows", problem.rows, "at least 1");
-    require(problem.channels >= 1, "channels", problem.channels, "at least 1");
-    require(threads >= 1, "threads", threads, "at least 1");
+    check(problem, threads);
     fold = kMostLanes / std::gcd(problem.channels, kMostLanes);
     fold = std::min(fold, problem.rows);
     width = fold * problem.channels;
@@ -148,6 +153,12 @@ class Columns {
   std::vector<double> wide_;
 };
 
+// What a mean loses when it is rounded to the type that is computed in. It is the same for all
+// values of a channel, so that a coefficient of the channel can make up for it.
+double lost(const NormReluProblem& problem, double mean) {
+  return problem.dtype == DType::kFloat64 ? 0 : mean - static_cast<float>(mean);
+}
+
 // Two numbers of every column of every task.
 struct Partial {
   explicit Partial(const Folded& folded)
@@ -205,13 +216,9 @@ void norm_relu_apply(const NormReluProblem& problem, const NormReluCoefficients&
   const Folded folded(problem, threads);
   const Columns mean(problem, folded, coefficients.mean);
   const Columns scale(problem, folded, coefficients.scale);
-  // The bias takes what the rounded mean has lost.
   std::vector<double> corrected(coefficients.bias, coefficients.bias + problem.channels);
-  if (problem.dtype != DType::kFloat64) {
-    for (int64_t c = 0; c < problem.channels; ++c) {
-      const double rounded = static_cast<float>(coefficients.mean[c]);
-      corrected[c] -= (coefficients.mean[c] - rounded) * coefficients.scale[c];
-    }
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    corrected[c] -= lost(problem, coefficients.mean[c]) * coefficients.scale[c];
   }
   const Columns bias(problem, folded, corrected.data());
   const NormReluKernels& run = kernels();
@@ -240,6 +247,7 @@ void norm_relu_reduce(const NormReluProblem& problem, const double* mean, const 
       product[c] += products[c];
     }
   });
+  for (int64_t c = 0; c < problem.channels; ++c) product[c] -= lost(problem, mean[c]) * sum[c];
 }
 
 void norm_relu_backward(const NormReluProblem& problem, const NormReluCoefficients& coefficients,
@@ -247,13 +255,76 @@ void norm_relu_backward(const NormReluProblem& problem, const NormReluCoefficien
   const Folded folded(problem, threads);
   const Columns mean(problem, folded, coefficients.mean);
   const Columns scale(problem, folded, coefficients.scale);
-  const Columns offset(problem, folded, coefficients.offset);
+  std::vector<double> corrected(coefficients.offset, coefficients.offset + problem.channels);
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    corrected[c] -= lost(problem, coefficients.mean[c]) * coefficients.slope[c];
+  }
+  const Columns offset(problem, folded, corrected.data());
   const Columns slope(problem, folded, coefficients.slope);
   const NormReluKernels& run = kernels();
   folded.for_rows([&](const NormReluTask& task, int64_t start) {
     run.backward(task, folded.at(y, start), folded.at(dz, start), mean.data(), scale.data(),
                  offset.data(), slope.data(), folded.at(dy, start));
   });
+}
+
+namespace {
+
+double inverse_deviation(const NormReluAffine& affine, double variance) {
+  return 1 / std::sqrt(variance + affine.eps);
+}
+
+std::vector<double> scales(const NormReluProblem& problem, const NormReluAffine& affine,
+                           const double* variance) {
+  std::vector<double> scale(static_cast<size_t>(problem.channels));
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    scale[c] = affine.weight[c] * inverse_deviation(affine, variance[c]);
+  }
+  return scale;
+}
+
+void apply_affine(const NormReluProblem& problem, const NormReluAffine& affine, const double* mean,
+                  const double* variance, const void* y, const void* residual, void* z, bool wide,
+                  int threads) {
+  const std::vector<double> scale = scales(problem, affine, variance);
+  norm_relu_apply(problem, {mean, scale.data(), affine.bias, nullptr, nullptr}, y, residual, z,
+                  wide, threads);
+}
+
+}  // namespace
+
+void normalise(const NormReluProblem& problem, const NormReluAffine& affine, const void* y,
+               const void* residual, double* mean, double* variance, void* z, bool wide,
+               int threads) {
+  norm_relu_statistics(problem, y, mean, variance, threads);
+  apply_affine(problem, affine, mean, variance, y, residual, z, wide, threads);
+}
+
+void normalise_again(const NormReluProblem& problem, const NormReluAffine& affine,
+                     const double* mean, const double* variance, const void* y, void* z, bool wide,
+                     int threads) {
+  check(problem, threads);
+  apply_affine(problem, affine, mean, variance, y, nullptr, z, wide, threads);
+}
+
+void normalise_backward(const NormReluProblem& problem, const NormReluAffine& affine,
+                        const double* mean, const double* variance, const void* y, void* dz,
+                        const void* more, void* dy, double* dweight, double* dbias, int threads) {
+  norm_relu_reduce(problem, mean, y, dz, more, dbias, dweight, threads);
+  if (dy != nullptr) {
+    const std::vector<double> scale = scales(problem, affine, variance);
+    std::vector<double> offset(scale.size()), slope(scale.size());
+    const double rows = static_cast<double>(problem.rows);
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      offset[c] = dbias[c] / rows;
+      slope[c] = dweight[c] / (variance[c] + affine.eps) / rows;
+    }
+    norm_relu_backward(problem, {mean, scale.data(), nullptr, offset.data(), slope.data()}, y, dz,
+                       dy, threads);
+  }
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    dweight[c] *= inverse_deviation(affine, variance[c]);
+  }
 }
 
 }  // namespace ca3d

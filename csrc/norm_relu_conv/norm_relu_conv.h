@@ -50,6 +50,31 @@ void norm_relu_reduce(const NormReluProblem& problem, const double* mean, const 
 void norm_relu_backward(const NormReluProblem& problem, const NormReluCoefficients& coefficients,
                         const void* y, const void* dz, void* dy, int threads);
 
+// Batch normalisation as the passes above make it up. The affine parameters, the statistics and
+// their gradients are `channels` doubles each.
+struct NormReluAffine {
+  const double* weight;
+  const double* bias;
+  double eps;
+};
+
+// z = (x - mean) / sqrt(variance + eps) * weight + bias (+ residual), by the statistics of x, which
+// are written to mean and variance; see norm_relu_apply.
+void normalise(const NormReluProblem& problem, const NormReluAffine& affine, const void* y,
+               const void* residual, double* mean, double* variance, void* z, bool wide,
+               int threads);
+
+// The same z by statistics that are known already.
+void normalise_again(const NormReluProblem& problem, const NormReluAffine& affine,
+                     const double* mean, const double* variance, const void* y, void* z, bool wide,
+                     int threads);
+
+// Adds `more` to dz unless it is null; writes the gradients of weight and bias and, unless it is
+// null, dy, which may be dz's own memory.
+void normalise_backward(const NormReluProblem& problem, const NormReluAffine& affine,
+                        const double* mean, const double* variance, const void* y, void* dz,
+                        const void* more, void* dy, double* dweight, double* dbias, int threads);
+
 // A stretch of the matrix that one thread takes at a time. Rows are folded: several side by side
 // make one, so that any number of channels fills vectors. Coefficients are as wide as such a row
 // and of the type that is computed in.

@@ -123,7 +123,7 @@ struct Kernel {
       const double total = sums[i], distance = total / count;
       // Rounding may leave a difference below zero; NaN must stay.
       const double within = sums_of_squares[i] - total * distance;
-      const double delta = shifts[i] + distance - mean[i];
+      const double delta = (shifts[i] - mean[i]) + distance;
       mean[i] += delta * share;
       squares[i] += (within < 0 ? 0 : within) + delta * delta * double(before) * share;
     }

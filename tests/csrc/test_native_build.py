@@ -17,7 +17,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 # The program that holds the kernels of an op to their definition.
 PARITY = {
     "local_attention": "attention_parity",
-    "norm_relu_conv": "norm_relu_parity",
+    "norm_relu_conv": "norm_relu_conv_parity",
     "preparam_step": "preparam_parity",
 }
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TESTS = (
     "local_attention/test_native.py",
     "local_attention/test_parity.py",
+    "norm_relu_conv/test_native.py",
     "norm_relu_conv/test_parity.py",
     "preparam_step/test_parity.py",
     "preparam_step/test_plan.py",
@@ -39,6 +40,15 @@ tensors = [np.zeros((frames, head_dim), np.float32) for _ in range(4)]
 rows = [(x.ctypes.data, x.size, x.size, x.size, head_dim) for x in tensors]
 sizes = (1, 1, 1, frames + int(sys.argv[1]), head_dim)
 native.local_attention_forward("float32", sizes, (3, 1, 0, 0), 0.125, [], *rows, 1)
+""",
+    "norm_relu_conv": """
+import numpy as np
+rows, channels = 100, 20
+y, z = (np.zeros((rows, channels), np.float32) for _ in range(2))
+columns = [np.zeros(channels).ctypes.data for _ in range(4)]
+matrix = (rows + int(sys.argv[1]), channels)
+addresses = (y.ctypes.data, 0, columns[2:], z.ctypes.data)
+native.normalise("float32", matrix, True, columns[:2], 1e-5, *addresses, False, 1)
 """,
     "preparam_step": """
 import numpy as np

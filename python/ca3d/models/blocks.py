@@ -129,8 +129,7 @@ class ResidualColumn(nn.Sequential):
         """
         blocks = [b for b in self if type(b) is ResidualBlock and not hooked(b)]
         if hooked(self) or len(blocks) != len(self):
-            z: Tensor = self(normalise(y, norm, relu=relu))
-            return z
+            return self(normalise(y, norm, relu=relu))
         residual = None
         for block in blocks:
             y, residual = normalise_and_convolve(

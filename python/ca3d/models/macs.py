@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 import ca3d_kernels  # noqa: F401  (registers the ops)
 
@@ -44,6 +44,24 @@ def _packed(qkv: Any, kernel_size: int, *rest: Any, **kwargs: Any) -> int:
 @register_flop_formula(torch.ops.ca3d.local_attention_packed_backward)
 def _packed_backward(grad: Any, qkv: Any, kernel_size: int, *rest: Any, **kwargs: Any) -> int:
     return _products(qkv, kernel_size, _BACKWARD) // 3
+
+
+@register_flop_formula(torch.ops.ca3d.norm_relu_conv)
+def _norm_relu_conv(
+    y: Any, weight: Any, bias: Any, residual: Any, conv_weight: Any, *rest: Any, **kwargs: Any
+) -> int:
+    if conv_weight is None:
+        return 0
+    return conv_flop_count(y, conv_weight, kwargs["out_shape"][0])
+
+
+@register_flop_formula(torch.ops.ca3d.norm_relu_conv_backward)
+def _norm_relu_conv_backward(grad: Any, grad_z: Any, y: Any, *rest: Any, **kwargs: Any) -> int:
+    conv_weight = rest[5]
+    if grad is None or conv_weight is None:
+        return 0
+    # Gradients of the input and of the weight, each as much as the convolution itself.
+    return 2 * conv_flop_count(y, conv_weight, grad)
 
 
 @torch.no_grad()

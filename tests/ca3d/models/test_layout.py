@@ -132,29 +132,32 @@ def test_what_a_step_keeps(dtype: torch.dtype) -> None:
     kept: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(torch.randn(2, 3, 16, 64, 64, dtype=dtype)).sum()
-    total = sum(size for pointer, size in kept.items() if pointer not in parameters)
+    sizes = [size for pointer, size in kept.items() if pointer not in parameters]
+    total, count = sum(sizes), sum(size >= 2048 for size in sizes)
 
     def tensor(channels: int, frames: int, side: int) -> int:
         return 2 * channels * frames * side * side * dtype.itemsize
 
-    # A half with two residual blocks keeps five outputs of convolutions and two sums (the last is
-    # the next half's input).
-    expected = tensor(3, 16, 64)
-    for channels, frames, side in ((8, 16, 32), (16, 16, 16), (32, 8, 8), (64, 4, 4)):
-        expected += 7 * tensor(channels, frames, side)
+    # A half with two residual blocks keeps five outputs of convolutions and the sum between them;
+    # the sum at its end is kept as the next half's input, but a pool or the head keeps none.
+    expected, tensors = tensor(3, 16, 64), 1
+    for count_of_half, *size in ((7, 8, 16, 32), (6, 16, 16, 16), (6, 32, 8, 8), (7, 64, 4, 4)):
+        expected += count_of_half * tensor(*size)
+        tensors += count_of_half
     # The pools' choices, of one byte, and their results.
-    for channels, frames, side in ((16, 8, 16), (32, 4, 8)):
-        expected += tensor(channels, frames, side) * (1 + dtype.itemsize) // dtype.itemsize
-    # Temporal halves: table's sum, normalised, q, k, v in one, attention's sum; then their columns.
-    for channels, frames, side in ((32, 8, 8), (64, 4, 4)):
-        expected += (1 + 3 + 1 + 6) * tensor(channels, frames, side)
-    expected += tensor(32, 8, 8)
-    assert total < 1.02 * expected
-    assert total > 0.9 * expected
+    for size in ((16, 8, 16), (32, 4, 8)):
+        expected += tensor(*size) * (1 + dtype.itemsize) // dtype.itemsize
+        tensors += 2
+    # A temporal half: its input normalised, q, k and v in one, attention's sum, then the column.
+    for size in ((32, 8, 8), (64, 4, 4)):
+        expected += (1 + 3 + 1 + 5) * tensor(*size)
+        tensors += 1 + 1 + 1 + 5
+    expected, tensors = expected + tensor(32, 8, 8), tensors + 1  # the positional table's sum
+    assert 0.98 * expected < total < 1.02 * expected
+    assert count == tensors

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ca3d.models import CA3D, ca3d_tiny, count_macs, create, names, register
 from ca3d.models.initialization import initialize
 from ca3d.models.registry import _builders
+from ca3d_kernels import norm_relu, norm_relu_conv
 
 
 def on_meta(name: str, num_classes: int = 101, **options: Any) -> nn.Module:
@@ -82,6 +84,25 @@ def test_backward_of_attention_is_counted() -> None:
     flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     forward = flops["ca3d.local_attention_packed"]
     assert flops["ca3d.local_attention_packed_backward"] == 2.5 * forward > 0
+
+
+def test_fused_convolutions_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    y = torch.randn(2, 4, 6, 6, requires_grad=True)
+    one, weight = torch.ones(4, requires_grad=True), torch.randn(8, 4, 3, 3, requires_grad=True)
+    options: dict[str, Any] = {"stride": 2, "padding": 1}
+    counts = []
+    for run in (
+        lambda: norm_relu_conv(y, one, one, weight, **options).output,
+        lambda: F.conv2d(F.relu(y), weight, **options),
+        lambda: norm_relu(y, one, one).z,
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run().sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    assert counts[2] == 0
 
 
 def test_registry() -> None:

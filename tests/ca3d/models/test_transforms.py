@@ -90,6 +90,37 @@ def test_training_reduces_the_loss() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_trains(dtype: torch.dtype) -> None:
+    """A step keeps nothing wider than the model's dtype but O(channels) numbers."""
+    exact = ca3d_tiny(5, frames=8, dropout=0.0)
+    model = copy.deepcopy(exact).to(dtype)
+    clip, labels = torch.randn(8, *CLIP[1:]), torch.arange(8) % 5
+    wide: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype.itemsize > 2 and x.numel() > 64:
+            wide.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = model(clip.to(dtype))
+    assert wide == []
+    losses = [F.cross_entropy(x.float(), labels) for x in (logits, exact(clip))]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.1)
+    for loss in losses:
+        loss.backward()
+    directions = []
+    for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert p.grad.dtype == dtype
+        assert p.grad.isfinite().all()
+        directions.append(F.cosine_similarity(p.grad.float().flatten(), q.grad.flatten(), dim=0))
+    # Normalisation over eight clips in the head enlarges roundings in the gradients.
+    assert torch.stack(directions).median() > 0.6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_state_dict_survives_saving(dtype: torch.dtype) -> None:
     model = ca3d_tiny(5, frames=8).to(dtype)
