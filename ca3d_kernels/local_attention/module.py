@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ca3d_kernels import triton_launch
+from ca3d_kernels.half_storage import half_storage
 from ca3d_kernels.local_attention import op
 from ca3d_kernels.local_attention.functional import (
     KeyTable,
@@ -151,13 +152,14 @@ class LocalTemporalAttention(nn.Module):
         """QKV of pixels (B, T, N, C), as a view (B, N, heads, 3, T, head_dim)."""
         weight, bias = self.qkv_weight, self.qkv_bias
         if self.dense_qkv:
-            y = F.linear(x, weight, bias)
+            y = half_storage(F.linear)(x, weight, bias)
             return y.unflatten(-1, (3, self.heads, self.head_dim)).permute(0, 2, 4, 3, 1, 5)
         if _convolution_is_fast(x):
             # The map per head is a grouped 1x1 convolution, which reads and writes this layout.
             kernel = weight.flatten(0, 1)[:, :, None, None]
             shift = None if bias is None else bias.flatten()
-            y = F.conv2d(x.permute(0, 3, 1, 2), kernel, shift, groups=self.heads)
+            pixels = x.permute(0, 3, 1, 2)
+            y = half_storage(F.conv2d)(pixels, kernel, shift, groups=self.heads)
             y = y.permute(0, 2, 3, 1)
         else:
             y = _per_head_linear(x, weight, bias)
@@ -233,16 +235,14 @@ def _autocast(
 def _convolution_is_fast(x: Tensor) -> bool:
     """Whether torch has a fast convolution for this input.
 
-    On a CPU it has one for bfloat16, and for float32 with several threads. Otherwise it copies to
-    the other layout; its backward in float16 takes a hundred times the time of matrix products.
+    On a CPU it has one for bfloat16, and for float32, in which float16 is convolved, with several
+    threads. Otherwise it copies to the other layout.
     """
     if x.device.type != "cpu" or x.dtype == torch.bfloat16:
         return True
-    if x.dtype == torch.float16:
-        return not torch.is_grad_enabled()
     # torch.compile and torch.export can't trace the number of threads.
     several = torch.compiler.is_compiling() or torch.get_num_threads() > 1
-    return x.dtype == torch.float32 and several
+    return x.dtype in (torch.float32, torch.float16) and several
 
 
 def _per_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -250,5 +250,6 @@ def _per_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     heads = len(weight)
     biases = [None] * heads if bias is None else bias
     pixels = x.unflatten(-1, (heads, -1)).unbind(-2)
-    maps = [F.linear(*operands) for operands in zip(pixels, weight, biases, strict=True)]
+    linear = half_storage(F.linear)
+    maps = [linear(*operands) for operands in zip(pixels, weight, biases, strict=True)]
     return torch.cat(maps, -1)

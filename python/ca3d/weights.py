@@ -123,13 +123,16 @@ def _channels(name: str, values: Any, positive: bool) -> tuple[float, float, flo
     return red, green, blue
 
 
-def save(path: str | Path, model: nn.Module, info: ModelInfo) -> None:
+def save(
+    path: str | Path, model: nn.Module, info: ModelInfo, dtype: torch.dtype | None = None
+) -> None:
     """Writes a weights file, atomically: at any moment the old or the new one is there in full.
 
     Args:
         path: the file; its folder must exist.
         model: the model; its state dict is stored in its dtypes, in plain row-major order.
         info: what to say about it.
+        dtype: that floating-point tensors are cast to; None keeps theirs.
 
     Raises:
         OSError: the folder can't be written to or the disk is full; the previous file is intact.
@@ -152,7 +155,8 @@ def save(path: str | Path, model: nn.Module, info: ModelInfo) -> None:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
-        plain = tensor.detach().to("cpu").contiguous()
+        kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        plain = tensor.detach().to("cpu", kept).contiguous()
         # The format forbids tensors that share memory, as tied weights do.
         tensors[name] = plain.clone() if plain.data_ptr() in seen else plain
         seen.add(plain.data_ptr())

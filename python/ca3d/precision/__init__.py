@@ -11,19 +11,58 @@ Example:
 from __future__ import annotations
 
 from ca3d.errors import UserError
+from ca3d.precision.float16 import (
+    QAT,
+    Float16,
+    Float16Published,
+    Float16Root,
+    Float16Sqr,
+    RawFloat16,
+)
 from ca3d.precision.regime import Bfloat16, Float32, Regime, Step
+from ca3d.precision.simulated import FakeQuant, PtqFloat16
 
-__all__ = ["Bfloat16", "Float32", "Regime", "Step", "create", "for_inference", "names"]
+__all__ = [
+    "QAT",
+    "Bfloat16",
+    "FakeQuant",
+    "Float16",
+    "Float16Published",
+    "Float16Root",
+    "Float16Sqr",
+    "Float32",
+    "PtqFloat16",
+    "RawFloat16",
+    "Regime",
+    "Step",
+    "create",
+    "for_inference",
+    "names",
+]
 
-_REGIMES: dict[str, type[Regime]] = {"float32": Float32, "bfloat16": Bfloat16}
+_REGIMES: dict[str, type[Regime]] = {
+    regime.name: regime
+    for regime in (
+        Float32,
+        Bfloat16,
+        Float16,
+        RawFloat16,
+        Float16Published,
+        Float16Sqr,
+        Float16Root,
+        QAT,
+        FakeQuant,
+        PtqFloat16,
+    )
+}
 
 
 def names() -> list[str]:
     """Returns the names that `create` knows.
 
     Example:
-        >>> names()
-        ['float32', 'bfloat16']
+        >>> names()[:3]
+        ['float32', 'bfloat16', 'float16']
     """
     return list(_REGIMES)
 
@@ -53,8 +92,8 @@ def for_inference(name: str) -> Regime:
     """Makes the regime in which a trained or converted model is used.
 
     Args:
-        name: What the weights file says; "float16" and "float64" tell how its tensors are stored,
-            and are computed in float32.
+        name: What the weights file says: a regime, or "float64" of tensors that are stored so and
+            computed in float32.
 
     Returns:
         A new regime; its `prepare` brings the model to the dtypes that it computes in.
@@ -63,7 +102,10 @@ def for_inference(name: str) -> Regime:
         ca3d.errors.UserError: The name is unknown.
 
     Example:
-        >>> for_inference("float16")
-        Float32()
+        >>> for_inference("ptq-float16")
+        Float16()
     """
-    return create("float32" if name in ("float16", "float64") else name)
+    if name == "float64":
+        return Float32()
+    regime = create(name)
+    return Float16() if isinstance(regime, Float16 | PtqFloat16) else regime

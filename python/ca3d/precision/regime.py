@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -47,6 +48,8 @@ class Regime:
     """
 
     name: ClassVar[str]
+    #: Dtype of the weights files; None is that of the model.
+    file_dtype: ClassVar[torch.dtype | None] = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -67,10 +70,33 @@ class Regime:
             clips: (batch, 3, frames, height, width), float32, normalised.
 
         Returns:
-            (batch, classes) logits, float32 so that the loss is exact.
+            (batch, classes) logits in the dtype that the regime stores activations in.
         """
         with self.autocast(clips.device.type):
             return model(clips).float()
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Cross-entropy, computed in float32.
+
+        Args:
+            logits: What `forward` returned.
+            labels: (batch,) class numbers.
+            weight: (classes,) weights, or None.
+            label_smoothing: 0 to 1.
+
+        Returns:
+            A float32 scalar.
+        """
+        return F.cross_entropy(
+            logits.float(), labels, weight=weight, label_smoothing=label_smoothing
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradients of `loss`, a scalar."""
@@ -125,7 +151,7 @@ class Regime:
             Whether the step was taken, and the norm of the gradients.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norm = total_norm(gradients)
         applied = math.isfinite(norm)
         if applied:
             if clip_norm is not None and norm > clip_norm:
@@ -140,6 +166,22 @@ class Regime:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
+
+
+def total_norm(gradients: Sequence[Tensor]) -> float:
+    """L2 norm of all elements of all tensors, accumulated in float32 at least.
+
+    Example:
+        >>> total_norm([torch.full((4,), 60000.0).half()])
+        120000.0
+    """
+    if not gradients:
+        return 0.0
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in gradients
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 class Float32(Regime):

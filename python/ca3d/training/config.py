@@ -97,7 +97,12 @@ class TrainConfig:
         "Model",
     )
     freeze_bn: bool = option(False, "Keep BatchNorm statistics as they are", "Model")
-    precision: str = option("float32", "Precision regime: float32, bfloat16", "Model")
+    precision: str = option(
+        "float32",
+        "Precision regime: float32, bfloat16, float16, raw-float16, float16-published, float16-sqr,"
+        " float16-root, qat, fake-quant, ptq-float16",
+        "Model",
+    )
     device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)", "Model")
 
     epochs: int = option(50, "Passes over the training split", "Recipe")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ca3d import precision, weights
@@ -236,7 +235,7 @@ class Trainer:
                 continue
             inputs, labels = batch.clips.to(self.device), batch.labels.to(self.device)
             logits = self.regime.forward(self.model, inputs)
-            loss = F.cross_entropy(
+            loss = self.regime.loss(
                 logits,
                 labels,
                 weight=self.loss_weights,
@@ -406,7 +405,7 @@ class Trainer:
                 del figures["val_accuracy"]
             info = replace(info, extra={**info.extra, **figures})
         try:
-            weights.save(path, self.model, info)
+            weights.save(path, self.model, info, self.regime.file_dtype)
         except OSError as error:
             raise UserError(
                 f"cannot write {path}: {error.strerror or error}; the previous checkpoint is intact"

@@ -110,7 +110,7 @@ def score(
             clips = batch.clips.to(device)
             views = clips.shape[1] if clips.dim() == 6 else 1
             logits = regime.forward(model, clips.reshape(-1, *clips.shape[-4:]))
-            logits = logits.view(len(batch), views, -1)
+            logits = logits.float().view(len(batch), views, -1)
             if average == "logits":
                 log_probabilities = F.log_softmax(logits.mean(1), dim=1)
             else:

@@ -101,6 +101,20 @@ def test_killed_around_the_writing_of_files(bars: Path, whole: Path, tmp_path: P
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["float16", "float16-root", "qat"])
+def test_killed_in_half_precision(name: str, bars: Path, tmp_path: Path) -> None:
+    for part in ("whole", "killed"):
+        (tmp_path / part).mkdir()
+    assert lives(bars, tmp_path / "whole" / "run", [], precision=name) == 0
+    plan = [["after", 4], ["before", 5]]
+    assert lives(bars, tmp_path / "killed" / "run", plan, precision=name) == 2
+    runs = [tmp_path / part / "run" for part in ("whole", "killed")]
+    assert_same_run(*runs)
+    states = [torch.load(run / "resume.pt", weights_only=True)["optimizer"] for run in runs]
+    thetas = [[s["pre_parameter"] for s in state["state"].values()] for state in states]
+    assert all(torch.equal(a, b) for a, b in zip(*thetas, strict=True))
+
+
 @pytest.mark.slow
 def test_killed_around_every_write_with_accumulation(bars: Path, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
