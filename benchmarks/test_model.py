@@ -1,7 +1,8 @@
 """A training step of CA3D against the plain version in peers_model.py: frames/s and peak memory.
 
-Both models have the published pool placement, attention and weights. Times are medians over
-interleaved rounds (see interleaved.py); a step is forward, backward and SGD. Peak memory is the
+Both models have the published pool placement, attention and weights; ours runs in several precision
+regimes of `ca3d.precision`. Times are medians over interleaved rounds (see interleaved.py); a step
+is forward, backward and SGD. Peak memory is the
 growth of the process's largest resident size over three steps, from what it was with the model, the
 input and the optimizer built and the convolution library warm on a tiny clip; every measurement has
 a process of its own, and transient memory (unfolded windows, copies) counts as it does in use.
@@ -20,6 +21,7 @@ from interleaved import Timings, interleave
 from peers_model import PlainCA3D
 from torch import nn
 
+from ca3d import precision
 from ca3d.models import create
 from ca3d.models.published import entries
 
@@ -36,9 +38,8 @@ def resident(largest):
     field = r"VmHWM:\s*(\d+) kB" if largest else r"VmRSS:\s*(\d+) kB"
     return int(re.search(field, Path("/proc/self/status").read_text())[1]) * 1024
 
-model = test_model.build(sys.argv[2])
-step = test_model.training_step(model, test_model.BATCH)
-test_model.training_step(model, 2, size=16)()
+step, warm = test_model.both_steps(sys.argv[2])
+warm()
 before = resident(largest=False)
 for _ in range(3):
     step()
@@ -54,16 +55,45 @@ def build(name: str) -> nn.Module:
     return create("ca3d", CLASSES, preset="published", frames=FRAMES)
 
 
-def training_step(model: nn.Module, batch: int, size: int = SIZE) -> Any:
+def training_step(
+    model: nn.Module, batch: int, size: int = SIZE, regime: precision.Regime | None = None
+) -> Any:
+    """A step of a model that is prepared for its regime; plain float32 without one."""
     clip, labels = torch.randn(batch, 3, FRAMES, size, size), torch.arange(batch)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-3)
+    parameters = list(model.parameters())
+    if regime is not None:
+        optimizer = regime.optimizer("sgd", parameters, lr=1e-3, weight_decay=5e-3)
+
+        def step_in_regime() -> None:
+            regime.backward(regime.loss(regime.forward(model, clip), labels))
+            regime.step(optimizer, parameters)
+
+        return step_in_regime
+    plain = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-3)
 
     def step() -> None:
-        optimizer.zero_grad()
+        plain.zero_grad()
         F.cross_entropy(model(clip), labels).backward()
-        optimizer.step()
+        plain.step()
 
     return step
+
+
+def in_regime(name: str) -> tuple[nn.Module, precision.Regime | None]:
+    """The peer, or our model in a regime."""
+    if name == "peer":
+        return build("peer"), None
+    regime = precision.create(name)
+    return regime.prepare(build("ours")), regime
+
+
+def both_steps(name: str) -> tuple[Any, Any]:
+    """A training step of ordinary and one of tiny clips, of one model."""
+    model, regime = in_regime(name)
+    return (
+        training_step(model, BATCH, regime=regime),
+        training_step(model, 2, size=16, regime=regime),
+    )
 
 
 def inference(model: nn.Module) -> Any:
@@ -108,6 +138,45 @@ def test_training_step(benchmark: Any) -> None:
     benchmark.pedantic(steps["ours"], rounds=1)
 
 
+@pytest.mark.benchmark(group="model: training step by regime, batch 4, 16x112x112")
+def test_training_step_by_regime(benchmark: Any) -> None:
+    names = ["float32", "float16"]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        names.append("bfloat16")
+    steps = {name: both_steps(name)[0] for name in names}
+    timings = interleave(steps, rounds=5, warmup=1, budget=120)
+    for name in names[1:]:
+        ratio = timings.ratio(name, "float32")
+        benchmark.extra_info[f"{name}_over_float32_time"] = round(ratio, 2)
+    benchmark.pedantic(steps["float16"], rounds=1)
+
+
+@pytest.mark.benchmark(group="model: training step, batch 4, 8x32x32, float16")
+def test_training_step_against_torchs_float16(benchmark: Any) -> None:
+    """torch's own float16 is the same model without half storage, its kernels and `PreParamSGD`."""
+    clip, labels = torch.randn(4, 3, 8, 32, 32), torch.arange(4)
+    plain = PlainCA3D(CLASSES, 8).half()
+    sgd = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-3)
+
+    def torchs() -> None:
+        sgd.zero_grad()
+        (F.cross_entropy(plain(clip.half()).float(), labels) * 128).backward()
+        sgd.step()
+
+    regime = precision.create("float16")
+    model = regime.prepare(create("ca3d", CLASSES, preset="published", frames=8))
+    parameters = list(model.parameters())
+    optimizer = regime.optimizer("sgd", parameters, lr=1e-3, weight_decay=5e-3)
+
+    def ours() -> None:
+        regime.backward(regime.loss(regime.forward(model, clip), labels))
+        regime.step(optimizer, parameters)
+
+    timings = interleave({"ours": ours, "torch": torchs}, rounds=3, warmup=1, budget=60)
+    benchmark.extra_info["torch_over_ours_time"] = round(timings.ratio("torch", "ours"), 1)
+    benchmark.pedantic(ours, rounds=1)
+
+
 @pytest.mark.benchmark(group="model: inference, batch 1, 16x112x112, float32")
 def test_inference(benchmark: Any) -> None:
     runs = {name: inference(build(name)) for name in ("ours", "peer")}
@@ -116,7 +185,7 @@ def test_inference(benchmark: Any) -> None:
     benchmark.pedantic(runs["ours"], rounds=1)
 
 
-@pytest.mark.benchmark(group="model: peak memory of a training step, batch 4, 16x112x112, float32")
+@pytest.mark.benchmark(group="model: peak memory of a training step, batch 4, 16x112x112")
 def test_peak_memory(benchmark: Any) -> None:
     def measure(name: str) -> int:
         here = str(Path(__file__).parent)
@@ -124,8 +193,10 @@ def test_peak_memory(benchmark: Any) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return int(json.loads(done.stdout.splitlines()[-1]))
 
-    ours, peer = measure("ours"), measure("peer")
-    benchmark.extra_info["ours_peak_bytes"] = ours
+    peer = measure("peer")
     benchmark.extra_info["peer_peak_bytes"] = peer
-    benchmark.extra_info["ours_over_peer_peak"] = round(ours / peer, 3)
+    for name in ("float32", "float16"):
+        ours = measure(name)
+        benchmark.extra_info[f"{name}_peak_bytes"] = ours
+        benchmark.extra_info[f"{name}_over_peer_peak"] = round(ours / peer, 3)
     benchmark.pedantic(lambda: None, rounds=1)

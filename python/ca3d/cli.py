@@ -123,6 +123,16 @@ COMMANDS = (
         "list the data sets that `data make` knows",
     ),
     Command(
+        "footprint",
+        "ca3d.footprint:FootprintConfig",
+        "footprint",
+        "measure memory and speed of models in precision regimes",
+        (
+            "ca3d footprint",
+            "ca3d footprint --models ca3d,ca3d_l --regimes float32,float16 --json footprint.json",
+        ),
+    ),
+    Command(
         "demo",
         "ca3d.demo:DemoConfig",
         "demo",

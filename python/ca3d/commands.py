@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from ca3d.demo import DemoConfig
     from ca3d.evaluate import EvalConfig
+    from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.training.config import TrainConfig
 
@@ -289,6 +290,19 @@ def demo(config: DemoConfig) -> None:
 
     _log_warnings()
     run(config)
+
+
+def footprint(config: FootprintConfig) -> None:
+    """Measures models, and prints a table.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.footprint import as_text
+    from ca3d.footprint import footprint as run
+
+    rows = run(config, lambda line: print(line, file=sys.stderr))
+    print(as_text(rows))
 
 
 def info(config: InfoConfig) -> None:
