@@ -1,4 +1,5 @@
-"""How long a pre-parameter SGD step of CA3D's 137 tensors takes, against torch and against a copy.
+"""How long a pre-parameter SGD step of CA3D's 137 tensors takes, against torch and against a copy,
+and how much longer with stochastic and compensated rounding.
 
 The ratios are medians over interleaved rounds; see interleaved.py.
 """
@@ -18,6 +19,7 @@ from ca3d_kernels import LinearMapping, PreParamSGD
 
 DTYPES = {torch.float16: "float16", torch.float32: "float32"}
 HYPER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-3}
+ROUNDINGS = ("stochastic", "compensated")
 
 
 def ca3d_shapes() -> list[tuple[int, ...]]:
@@ -105,6 +107,8 @@ def candidates() -> dict[str, Callable[[], object]]:
         for foreach in (False, True):
             kind = f"torch foreach {name}" if foreach else f"torch {name}"
             made[kind] = TorchOps(parameters(dtype), foreach=foreach).step
+    for rounding in ROUNDINGS:
+        made[rounding] = PreParamSGD(parameters(torch.float16), **HYPER, rounding=rounding).step
     return made
 
 
@@ -134,6 +138,19 @@ def test_step(
         benchmark.extra_info[what] = round(ratio, 4)
         print(f"{kind:13s} {what:32s} {ratio:7.3f}")
     benchmark.pedantic(candidates[kind], rounds=10, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_rounding(
+    benchmark: Any,
+    candidates: dict[str, Callable[[], object]],
+    timings: Timings,
+    rounding: str,
+) -> None:
+    ratio = timings.ratio(rounding, "float16")
+    benchmark.extra_info["time / rounding to nearest"] = round(ratio, 4)
+    print(f"{rounding:13s} {'time / rounding to nearest':32s} {ratio:7.3f}")
+    benchmark.pedantic(candidates[rounding], rounds=10, warmup_rounds=1)
 
 
 def test_shapes_are_those_of_the_model() -> None:

@@ -65,6 +65,7 @@ def preparam_sgd_step(
     hyper: _Hyper,
     nesterov: bool,
     rounding: str,
+    random: tuple[int, int],
     addresses: tuple[int, int, int],
     device: int,
     stream: int,
@@ -76,6 +77,7 @@ def preparam_sgd_step_overflows(
     hyper: _Hyper,
     nesterov: bool,
     rounding: str,
+    random: tuple[int, int],
     addresses: tuple[int, int, int],
     device: int,
     stream: int,
@@ -87,6 +89,7 @@ def preparam_launches(
     hyper: _Hyper,
     nesterov: bool,
     rounding: str,
+    random: tuple[int, int],
     addresses: tuple[int, int, int],
     overflows: bool,
 ) -> list[dict[str, Any]]: ...

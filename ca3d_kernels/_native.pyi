@@ -50,6 +50,7 @@ def preparam_sgd_step(
     hyper: tuple[float, float, float, float, float, float],
     nesterov: bool,
     rounding: str,
+    random: tuple[int, int],
     threads: int,
     largest: NDArray[np.float64] | None = None,
 ) -> None: ...
@@ -60,6 +61,7 @@ def preparam_sgd_step_overflows(
     hyper: tuple[float, float, float, float, float, float],
     nesterov: bool,
     rounding: str,
+    random: tuple[int, int],
     threads: int,
     largest: NDArray[np.float64] | None = None,
 ) -> bool: ...

@@ -75,8 +75,8 @@ ca3d::PreParamLargest* parse_largest(const std::vector<ca3d::PreParamRun>& runs,
 template <auto kFunction>
 auto preparam(const PreParamTable& table, const std::string& param, const std::string& pre_param,
               const std::array<double, 6>& hyper, bool nesterov, const std::string& rounding,
-              int threads, std::optional<PreParamLargest> largest) {
-  const ca3d::PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding);
+              const ca3d::Random& random, int threads, std::optional<PreParamLargest> largest) {
+  const ca3d::PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding, random);
   const std::vector<ca3d::PreParamRun> runs = parse_runs(table);
   ca3d::PreParamLargest* entries = parse_largest(runs, largest);
   const py::gil_scoped_release release;
@@ -86,7 +86,7 @@ auto preparam(const PreParamTable& table, const std::string& param, const std::s
 template <class Function>
 void def_preparam(py::module_& m, const char* name, Function function) {
   m.def(name, function, py::arg("table"), py::arg("param"), py::arg("pre_param"), py::arg("hyper"),
-        py::arg("nesterov"), py::arg("rounding"), py::arg("threads"),
+        py::arg("nesterov"), py::arg("rounding"), py::arg("random"), py::arg("threads"),
         py::arg("largest").noconvert() = py::none());
 }
 

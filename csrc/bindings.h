@@ -60,33 +60,44 @@ inline LocalAttentionProblem parse_attention(const std::string& dtype,
           key_table.empty() ? nullptr : key_table.data()};
 }
 
-// One row (param, grad, pre_param, momentum, count) a tensor: four addresses, momentum 0 for none.
+// One row (param, grad, pre_param, momentum, compensation, count, number) a tensor: five addresses,
+// 0 for no momentum or compensation.
 using PreParamTable = py::array_t<int64_t, py::array::c_style>;
 
 inline std::vector<PreParamRun> parse_runs(const PreParamTable& table) {
-  if (table.ndim() != 1 || table.size() % 5 != 0) {
-    throw std::invalid_argument("table must be flat, with 5 numbers a tensor");
+  if (table.ndim() != 1 || table.size() % 7 != 0) {
+    throw std::invalid_argument("table must be flat, with 7 numbers a tensor");
   }
   std::vector<PreParamRun> runs;
-  for (const int64_t *row = table.data(), *end = row + table.size(); row != end; row += 5) {
+  for (const int64_t *row = table.data(), *end = row + table.size(); row != end; row += 7) {
     runs.push_back({reinterpret_cast<void*>(row[0]), reinterpret_cast<const void*>(row[1]),
-                    reinterpret_cast<void*>(row[2]), reinterpret_cast<void*>(row[3]), row[4]});
+                    reinterpret_cast<void*>(row[2]), reinterpret_cast<void*>(row[3]),
+                    reinterpret_cast<void*>(row[4]), row[5], static_cast<uint32_t>(row[6])});
   }
   return runs;
 }
 
+inline Rounding parse_rounding(const std::string& name) {
+  if (name == "nearest") return Rounding::kNearest;
+  if (name == "stochastic") return Rounding::kStochastic;
+  if (name == "compensated") return Rounding::kCompensated;
+  throw std::invalid_argument("rounding '" + name +
+                              "' is not supported; allowed: nearest, stochastic, compensated");
+}
+
+// Seed and number of the step, for stochastic rounding.
+using Random = std::array<uint64_t, 2>;
+
 // hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale).
 inline PreParamStep parse_step(const std::string& param, const std::string& pre_param,
                                const std::array<double, 6>& hyper, bool nesterov,
-                               const std::string& rounding) {
-  if (rounding != "nearest") {
-    throw std::invalid_argument("rounding '" + rounding + "' is not supported; allowed: nearest");
-  }
+                               const std::string& rounding, const Random& random) {
   return {parse_dtype(param), parse_dtype(pre_param),
           hyper[0],           hyper[1],
           hyper[2],           hyper[3],
           hyper[4],           hyper[5],
-          nesterov,           Rounding::kNearest};
+          nesterov,           parse_rounding(rounding),
+          random[0],          static_cast<uint32_t>(random[1])};
 }
 
 }  // namespace ca3d

@@ -125,9 +125,9 @@ PreParamDevice parse_addresses(const DeviceAddresses& addresses) {
 
 void preparam_step(const PreParamTable& table, const std::string& param,
                    const std::string& pre_param, const std::array<double, 6>& hyper, bool nesterov,
-                   const std::string& rounding, const DeviceAddresses& addresses, int device,
-                   uintptr_t stream) {
-  const PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding);
+                   const std::string& rounding, const Random& random,
+                   const DeviceAddresses& addresses, int device, uintptr_t stream) {
+  const PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding, random);
   const std::vector<PreParamRun> runs = parse_runs(table);
   const auto count = static_cast<int64_t>(runs.size());
   check(step, runs.data(), count);
@@ -138,9 +138,9 @@ void preparam_step(const PreParamTable& table, const std::string& param,
 
 void preparam_overflows(const PreParamTable& table, const std::string& param,
                         const std::string& pre_param, const std::array<double, 6>& hyper,
-                        bool nesterov, const std::string& rounding,
+                        bool nesterov, const std::string& rounding, const Random& random,
                         const DeviceAddresses& addresses, int device, uintptr_t stream) {
-  const PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding);
+  const PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding, random);
   const std::vector<PreParamRun> runs = parse_runs(table);
   const auto count = static_cast<int64_t>(runs.size());
   check(step, runs.data(), count);
@@ -152,9 +152,9 @@ void preparam_overflows(const PreParamTable& table, const std::string& param,
 
 py::list preparam_launches(const PreParamTable& table, const std::string& param,
                            const std::string& pre_param, const std::array<double, 6>& hyper,
-                           bool nesterov, const std::string& rounding,
+                           bool nesterov, const std::string& rounding, const Random& random,
                            const DeviceAddresses& addresses, bool overflows) {
-  const PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding);
+  const PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding, random);
   std::vector<PreParamRun> runs = parse_runs(table);
   check(step, runs.data(), static_cast<int64_t>(runs.size()));
   runs = nonempty(runs.data(), static_cast<int64_t>(runs.size()));
@@ -171,8 +171,8 @@ py::list preparam_launches(const PreParamTable& table, const std::string& param,
 template <class Function>
 void def_preparam(py::module_& m, const char* name, Function function) {
   m.def(name, function, py::arg("table"), py::arg("param"), py::arg("pre_param"), py::arg("hyper"),
-        py::arg("nesterov"), py::arg("rounding"), py::arg("addresses"), py::arg("device"),
-        py::arg("stream"));
+        py::arg("nesterov"), py::arg("rounding"), py::arg("random"), py::arg("addresses"),
+        py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace
@@ -196,7 +196,7 @@ PYBIND11_MODULE(_cuda, m) {
   def_preparam(m, "preparam_sgd_step_overflows", &preparam_overflows);
   m.def("preparam_launches", &preparam_launches, py::arg("table"), py::arg("param"),
         py::arg("pre_param"), py::arg("hyper"), py::arg("nesterov"), py::arg("rounding"),
-        py::arg("addresses"), py::arg("overflows"));
+        py::arg("random"), py::arg("addresses"), py::arg("overflows"));
   m.def("architectures", [] { return std::string(CA3D_CUDA_ARCHS); });
   m.def("runtime_version", &cuda_runtime_version);
   m.def("driver_version", &cuda_driver_version);

@@ -19,6 +19,7 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
 }
 _MIXED = {(torch.float16, torch.float32), (torch.bfloat16, torch.float32)}
+_COLUMNS = 7  # of the table of addresses
 
 
 class NativeKernels:
@@ -66,7 +67,7 @@ class NativeKernels:
 
 
 def _versions(batch: Batch) -> list[int]:
-    return [x._version for x in (*batch.pre_params, *batch.momenta)]
+    return [x._version for x in (*batch.pre_params, *batch.momenta, *batch.compensations)]
 
 
 def _call(
@@ -91,7 +92,7 @@ def library_arguments(batch: Batch) -> tuple[Any, ...]:
     if dtype not in _DTYPES or (dtype != wide and (dtype, wide) not in _MIXED):
         raise backends.UnsupportedInputError(f"pre-parameters of {wide} with parameters of {dtype}")
     table = _table(batch)
-    table[1::5] = array("q", [grad.data_ptr() for grad in batch.grads])
+    table[1::_COLUMNS] = array("q", [grad.data_ptr() for grad in batch.grads])
     hyper = batch.hyper
     numbers = (hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
     return (
@@ -100,28 +101,39 @@ def library_arguments(batch: Batch) -> tuple[Any, ...]:
         _DTYPES[wide],
         (*numbers, batch.scale, batch.gradient_scale),
         hyper.nesterov,
-        batch.rounding,
+        batch.applied,
+        (batch.seed, batch.steps & 0xFFFFFFFF),
     )
 
 
 def _table(batch: Batch) -> "array[int]":
-    """Rows of addresses (w, gradient, theta, momentum) and size; gradients are filled in later."""
-    kept = [*batch.params, *batch.pre_params, *batch.momenta]
-    addresses = [x.data_ptr() for x in kept]
+    """Rows of addresses (w, gradient, theta, momentum, compensation), size and number of a tensor.
+
+    Gradients are filled in later.
+    """
+    addresses = [x.data_ptr() for x in batch.written()]
+    numbers = list(batch.numbers)
     cache = {} if batch.cache is None else batch.cache
-    if cache.get("addresses") != addresses:
+    if cache.get("addresses") != addresses or cache.get("tensors") != numbers:
         for w in batch.params:
             if not is_dense(w):
                 raise backends.UnsupportedInputError(
                     f"a parameter of strides {w.stride()} has gaps"
                 )
         count = len(batch.params)
-        table = array("q", bytes(8 * 5 * count))
-        columns = (addresses[:count], addresses[count : 2 * count], addresses[2 * count :])
-        for column, values in zip((0, 2, 3), columns, strict=True):
-            table[column::5] = array("q", values or [0] * count)
-        table[4::5] = array("q", [w.numel() for w in batch.params])
-        cache.update(addresses=addresses, table=table)
+        table = array("q", bytes(8 * _COLUMNS * count))
+        columns = {
+            0: batch.params,
+            2: batch.pre_params,
+            3: batch.momenta,
+            4: batch.compensations,
+        }
+        for column, tensors in columns.items():
+            if tensors:
+                table[column::_COLUMNS] = array("q", [x.data_ptr() for x in tensors])
+        table[5::_COLUMNS] = array("q", [w.numel() for w in batch.params])
+        table[6::_COLUMNS] = array("q", numbers or range(count))
+        cache.update(addresses=addresses, tensors=numbers, table=table)
     return cache["table"]
 
 

@@ -4,7 +4,7 @@ Both take the tensors of one dtype on one device all together. The optimizer cal
 `overflows` directly, which saves it torch's handling of long tensor lists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ca3d_kernels import backends, cuda, triton_launch
 from ca3d_kernels.preparam_step.mapping import PreParamMapping
-from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped, stepped
+from ca3d_kernels.preparam_step.philox import Draws
+from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped, applied, stepped
 
 # What kernels can round to; mappings that aren't linear and "published" have no kernels.
-ROUNDINGS = ("nearest",)
+ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
 class Batch(NamedTuple):
@@ -31,6 +32,9 @@ class Batch(NamedTuple):
         backend: the demanded backend, or ``""``.
         cache: where kernels may keep what they derived from params, pre_params and momenta, for
             whoever steps the same lists again; None for others.
+        compensations: r of "compensated" rounding, like theta, or none for other roundings.
+        seed, steps, numbers: of the draws of "stochastic" rounding: the seed, how many steps came
+            before, and the number of each tensor, which is its place in the lists by default.
     """
 
     params: list[Tensor]
@@ -43,6 +47,19 @@ class Batch(NamedTuple):
     rounding: str = "nearest"
     backend: str = ""
     cache: dict[str, Any] | None = None
+    compensations: Sequence[Tensor] = ()
+    seed: int = 0
+    steps: int = 0
+    numbers: Sequence[int] = ()
+
+    @property
+    def applied(self) -> str:
+        """The rounding that the dtype of theta really gets; see `reference.applied`."""
+        return applied(self.rounding, self.pre_params[0].dtype) if self.params else self.rounding
+
+    def written(self) -> list[Tensor]:
+        """The tensors that a step writes."""
+        return [*self.params, *self.pre_params, *self.momenta, *self.compensations]
 
 
 class Kernels(Protocol):
@@ -53,6 +70,9 @@ class Kernels(Protocol):
 
     def overflows(self, batch: Batch) -> bool | Tensor:
         """Whether `step` would store a value that isn't finite, or a gradient holds one.
+
+        With stochastic rounding: whether it would with any draw. (It can depend on the draw only
+        whether w = theta / c becomes infinite, for c below 1.)
 
         A tensor (float32, 0 or 1) leaves the answer on the device, without waiting for it.
         """
@@ -75,7 +95,7 @@ class _Linear(PreParamMapping):
 class ReferenceKernels:
     """The definition in torch operations, on any device."""
 
-    def _stepped(self, batch: Batch, i: int) -> Stepped:
+    def _stepped(self, batch: Batch, i: int, draws: Draws | None) -> Stepped:
         return stepped(
             batch.params[i],
             batch.grads[i],
@@ -84,6 +104,8 @@ class ReferenceKernels:
             _Linear(batch.scale, batch.gradient_scale),
             batch.hyper,
             batch.rounding,
+            batch.compensations[i] if batch.compensations else None,
+            draws,
         )
 
     def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
@@ -91,16 +113,19 @@ class ReferenceKernels:
         if found_inf is not None and bool(found_inf):
             return
         for i in range(len(batch.params)):
-            new = self._stepped(batch, i)
+            number = batch.numbers[i] if batch.numbers else i
+            new = self._stepped(batch, i, Draws(batch.seed, batch.steps, number))
             batch.params[i].copy_(new.param)
             batch.pre_params[i].copy_(new.pre_param)
             if batch.momenta and new.momentum is not None:
                 batch.momenta[i].copy_(new.momentum)
+            if batch.compensations and new.compensation is not None:
+                batch.compensations[i].copy_(new.compensation)
 
     def overflows(self, batch: Batch) -> bool:
         """See `Kernels`."""
         return any(
-            not bool(grad.isfinite().all()) or not self._stepped(batch, i).is_finite()
+            not bool(grad.isfinite().all()) or not self._stepped(batch, i, None).is_finite()
             for i, grad in enumerate(batch.grads)
         )
 
@@ -238,6 +263,22 @@ def _check(batch: Batch) -> None:
         )
     if batch.rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {batch.rounding!r}")
+    expected = count if batch.applied == "compensated" else 0
+    if len(batch.compensations) != expected:
+        raise ValueError(
+            f"compensations must hold {expected} tensors with rounding {batch.rounding!r}, "
+            f"got {len(batch.compensations)}"
+        )
+    if batch.numbers and len(batch.numbers) != count:
+        raise ValueError(
+            f"draws must hold a seed, a step and the numbers of {count} tensors, "
+            f"got {len(batch.numbers)} numbers"
+        )
+    if batch.seed < 0 or batch.steps < 0 or any(not 0 <= n < 2**32 for n in batch.numbers):
+        raise ValueError(
+            "draws must not be negative, and numbers of tensors below 2**32, "
+            f"got {(batch.seed, batch.steps, *batch.numbers)}"
+        )
     for i in range(count):
         _check_tensors(batch, i)
 
@@ -251,6 +292,9 @@ def _check_tensors(batch: Batch, i: int) -> None:
     ]
     if batch.momenta:
         expected.append((f"momenta[{i}]", batch.momenta[i], batch.pre_params[0].dtype))
+    if batch.compensations:
+        rest = batch.compensations[i]
+        expected.append((f"compensations[{i}]", rest, batch.pre_params[0].dtype))
     for name, tensor, dtype in expected:
         if not tensor.dtype.is_floating_point or tensor.dtype != dtype:
             raise TypeError(f"{name} must be of dtype {dtype}, got {tensor.dtype}")
@@ -263,10 +307,12 @@ def _check_tensors(batch: Batch, i: int) -> None:
 
 
 def _batch(
+    draws: Tensor | None,
     params: list[Tensor],
     grads: list[Tensor],
     pre_params: list[Tensor],
     momenta: list[Tensor],
+    compensations: list[Tensor],
     hyper: Tensor,
     nesterov: bool,
     rounding: str,
@@ -275,6 +321,7 @@ def _batch(
     if hyper.numel() != 6:
         raise ValueError(f"hyper must hold 6 numbers, got {hyper.numel()}")
     lr, momentum, dampening, weight_decay, scale, gradient_scale = hyper.tolist()
+    seed, steps, *numbers = (0, 0) if draws is None else draws.tolist()
     batch = Batch(
         params,
         grads,
@@ -285,34 +332,43 @@ def _batch(
         gradient_scale,
         rounding,
         backend,
+        compensations=compensations,
+        seed=seed,
+        steps=steps,
+        numbers=numbers,
     )
     _check(batch)
     return batch
 
 
-def _step_op(*arguments: Any, found_inf: Tensor | None = None) -> None:
-    batch = _batch(*arguments)
+def _step_op(*arguments: Any, found_inf: Tensor | None = None, draws: Tensor | None = None) -> None:
+    batch = _batch(draws, *arguments)
+    if batch.applied == "stochastic" and len(batch.numbers) != len(batch.params):
+        raise ValueError("draws must be given with rounding 'stochastic', got None")
     step(batch, found_inf)
-    written = [*batch.params, *batch.pre_params, *batch.momenta]
-    torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
+    written = [x for x in batch.written() if not x.is_inference()]
+    torch.autograd.graph.increment_version(written)
 
 
 def _overflows_op(*arguments: Any) -> Tensor:
-    return overflows(_batch(*arguments))
+    return overflows(_batch(None, *arguments))
 
 
-# hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale) in float64.
+# hyper is (lr, momentum, dampening, weight_decay, scale, gradient_scale) in float64. draws, for
+# stochastic rounding only, is the seed, how many steps came before and the number of each tensor in
+# int64.
 _TAIL = "Tensor hyper, bool nesterov, str rounding, str backend"
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "preparam_sgd_step": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] pre_params, Tensor(c!)[] momenta, "
-        f"{_TAIL}, *, Tensor? found_inf=None) -> ()",
+        f"Tensor(d!)[] compensations, {_TAIL}, *, Tensor? found_inf=None, Tensor? draws=None) "
+        "-> ()",
         _step_op,
-        lambda *arguments, found_inf=None: None,
+        lambda *arguments, **options: None,
     ),
     "preparam_sgd_overflows": (
         "(Tensor[] params, Tensor[] grads, Tensor[] pre_params, Tensor[] momenta, "
-        f"{_TAIL}) -> Tensor",
+        f"Tensor[] compensations, {_TAIL}) -> Tensor",
         _overflows_op,
         lambda params, *arguments: torch.empty((), device=params[0].device if params else None),
     ),

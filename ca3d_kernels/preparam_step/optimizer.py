@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from ca3d_kernels import backends
 from ca3d_kernels.preparam_step import op
 from ca3d_kernels.preparam_step.mapping import LinearMapping, PreParamMapping
+from ca3d_kernels.preparam_step.philox import Draws
 from ca3d_kernels.preparam_step.plan import Part, Plan, Seen, options, seen
 from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped
 
-ROUNDINGS = ("nearest", "published")
+ROUNDINGS = ("nearest", "stochastic", "compensated", "published")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,7 +32,7 @@ class PreParamSGD(Optimizer):
 
     theta and m are stored in the dtype of w, so that float16 training keeps nothing wider. All
     tensors are stepped together by compiled kernels that write theta, m and w in one pass (linear
-    maps with rounding="nearest"; other maps and roundings run in torch operations). theta is
+    maps; other maps and rounding="published" run in torch operations). theta is
     derived from w at the first step. If w is changed outside afterwards (load_state_dict,
     averaging, `.to()`), theta is derived again, with a warning. Inside `torch.compile` a step runs
     eagerly. Tensor results are the same, bit for bit, for any number of threads.
@@ -46,12 +47,22 @@ class PreParamSGD(Optimizer):
         weight_decay: >= 0.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
         mapping: the map; None is `LinearMapping(128.0)`.
-        rounding: "nearest" computes in float32 (float64 for float64) and rounds each stored value
-            once. "published" rounds every operation to the dtype of theta, as the code published
-            with the paper does.
+        rounding: all but "published" compute in float32 (float64 for float64) and round each stored
+            value once; what a float16 or bfloat16 theta would lose thereby,
+
+            - "nearest" loses: updates below half an ulp of theta vanish;
+            - "stochastic" keeps in the mean: theta and m are rounded up or down at random, with
+              probabilities that make up for it. The numbers depend on the seed, the step, the
+              parameter's place in the optimizer and the element's place in memory only;
+            - "compensated" keeps in another tensor of theta's dtype, 2 bytes a parameter
+              (Kahan's summation). m is rounded to nearest.
+
+            With a float32 or float64 theta the three are the same. "published" rounds every
+            operation to the dtype of theta, as the code published with the paper does.
+        seed: of stochastic rounding, at least 0 and below 2^63. It is part of the state_dict, as is
+            the number of steps, so that a resumed run goes on with the same numbers.
         skip_nonfinite: skip the step, and write nothing, if a gradient is not finite or a value
             that would be stored is not. Skipped steps are counted in `skipped_steps`.
-        compensated: not available yet, must be False.
         pre_param_dtype: dtype of theta and momentum; None is that of w. It may be wider than w's:
             float32 with float16 weights are the classic master weights.
         backend: "triton", "cpu", "reference" or None for the fastest; see
@@ -85,18 +96,23 @@ class PreParamSGD(Optimizer):
         *,
         mapping: PreParamMapping | None = None,
         rounding: str = "nearest",
+        seed: int = 0,
         skip_nonfinite: bool = False,
-        compensated: bool = False,
         pre_param_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
-        if compensated:
-            raise ValueError(f"compensated must be False (not available yet), got {compensated!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
         backends.requested(backend)
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
+        self.seed = seed
+        # Calls of `step`. Skipped ones count: whether a GPU skips one, the CPU doesn't know.
+        self._steps = 0
         self._skipped = 0
         # Steps that a kernel has skipped since the last look: the CPU doesn't know yet.
         self._skipped_on_device: Tensor | None = None
@@ -197,6 +213,7 @@ class PreParamSGD(Optimizer):
             getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         )
         plans = self._prepare(1.0 if grad_scale is None else float(grad_scale))
+        self._steps += 1
         try:
             if self._step(plans, found_inf):
                 self._skipped += 1
@@ -253,6 +270,7 @@ class PreParamSGD(Optimizer):
         backend = backends.requested(self.backend)
         plans = []
         rederived = 0
+        draws = Draws(self.seed, self._steps, 0)
         same_states = len(self._states) == len(self.state) and all(
             map(is_, self.state.values(), self._states)
         )
@@ -269,11 +287,12 @@ class PreParamSGD(Optimizer):
             if plan is None or not (same_states and plan.accepts(group, backend)):
                 if plan is not None:
                     self._take_over(plan, options(group, backend))
-                plan = Plan.make(group, backend, self.state, self._seen, hyper)
+                plan = Plan.make(group, backend, self.state, self._seen, hyper, draws)
                 rederived += plan.rederived
                 self._plans[i] = plan
-            plan.prepare(hyper, grad_scale)
+            plan.prepare(hyper, grad_scale, draws)
             plans.append(plan)
+            draws = draws._replace(tensor=draws.tensor + len(group["params"]))
         self._states = list(self.state.values())
         if rederived:
             warnings.warn(
@@ -297,8 +316,9 @@ class PreParamSGD(Optimizer):
         """State as `torch.optim.Optimizer.state_dict`, for `torch.save` and `torch.load`.
 
         Returns:
-            "state" (by index of the parameter: "pre_parameter" and "momentum_buffer"),
-            "param_groups" (each map by its repr) and "skipped_steps".
+            "state" (by index of the parameter: "pre_parameter", "momentum_buffer" and, where
+            rounding is compensated, "compensation"), "param_groups" (each map by its repr),
+            "skipped_steps", "seed" and "steps" (how often `step` was called).
 
         Example:
             >>> optimizer = PreParamSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
@@ -308,7 +328,7 @@ class PreParamSGD(Optimizer):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["mapping"] = repr(group["mapping"])
-        state_dict["skipped_steps"] = self.skipped_steps
+        state_dict.update(skipped_steps=self.skipped_steps, seed=self.seed, steps=self._steps)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -354,6 +374,8 @@ class PreParamSGD(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        self.seed = int(loaded.get("seed", self.seed))
+        self._steps = int(loaded.get("steps", 0))
         self._skipped = int(loaded.get("skipped_steps", 0))
         self._skipped_on_device = None
 
@@ -385,6 +407,8 @@ class PreParamSGD(Optimizer):
         own = {
             "skip_nonfinite": self.skip_nonfinite,
             "backend": self.backend,
+            "seed": self.seed,
+            "_steps": self._steps,
             "_skipped": self.skipped_steps,
         }
         return {**super().__getstate__(), **own}

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from ca3d_kernels.preparam_step import op
+from ca3d_kernels.preparam_step.philox import Draws
 from ca3d_kernels.preparam_step.reference import (
     Hyperparameters,
     Stepped,
+    applied,
     derived,
     restored,
     stepped,
 )
 
-PRE_PARAM, MOMENTUM = "pre_parameter", "momentum_buffer"
+PRE_PARAM, MOMENTUM, COMPENSATION = "pre_parameter", "momentum_buffer", "compensation"
 
 # Version and address of a weight at the time when theta was last in step with it.
 Seen = tuple[int, int]
@@ -42,6 +44,7 @@ class Single(NamedTuple):
     state: dict[str, Any]
     group: dict[str, Any]
     hyper: Hyperparameters
+    draws: Draws
 
     def stepped(self) -> Stepped:
         """What a step would store."""
@@ -53,6 +56,8 @@ class Single(NamedTuple):
             self.group["mapping"],
             self.hyper,
             self.group["rounding"],
+            self.state.get(COMPENSATION),
+            self.draws,
         )
 
     def write(self, new: Stepped) -> None:
@@ -62,6 +67,8 @@ class Single(NamedTuple):
         if new.momentum is not None:
             # A first step creates its momentum only now, so that a skipped one leaves none behind.
             self.state.setdefault(MOMENTUM, new.momentum).copy_(new.momentum)
+        if new.compensation is not None:
+            self.state[COMPENSATION].copy_(new.compensation)
 
 
 class Part:
@@ -78,7 +85,10 @@ class Part:
 
     def __init__(self, rounding: str, backend: str, has_momentum: bool) -> None:
         nothing = Hyperparameters(0.0)
-        self.batch = op.Batch([], [], [], [], nothing, 1.0, 1.0, rounding, backend, {})
+        self._compensations: list[Tensor] = []
+        self.batch = op.Batch(
+            *([], [], [], []), nothing, 1.0, 1.0, rounding, backend, {}, self._compensations
+        )
         self._has_momentum = has_momentum
         self.positions: list[int] = []
         self._states: list[dict[str, Any]] = []
@@ -100,6 +110,8 @@ class Part:
         self.batch.pre_params.append(state[PRE_PARAM])
         if self._has_momentum:
             self.batch.momenta.append(state[MOMENTUM])
+        if self.batch.applied == "compensated":
+            self._compensations.append(state[COMPENSATION])
 
     def accepts(self, grads: Sequence[Tensor]) -> bool:
         """Whether the tensors are those of the last step, untouched, and the gradients fit them."""
@@ -110,16 +122,33 @@ class Part:
             and [w.data_ptr() for w in batch.params] == self._addresses
             and all(map(is_, [state.get(PRE_PARAM) for state in self._states], batch.pre_params))
             and all(map(is_, [state.get(MOMENTUM) for state in self._states], batch.momenta))
+            and all(
+                map(is_, [state.get(COMPENSATION) for state in self._states], batch.compensations)
+            )
             and all(g.layout is torch.strided and g.dtype is batch.params[0].dtype for g in grads)
             and [g.stride() for g in grads] == self._strides
         )
 
-    def prepare(self, hyper: Hyperparameters, scale: float, gradient_scale: float) -> None:
-        """Takes the gradients and numbers of the next step."""
+    def prepare(
+        self, hyper: Hyperparameters, scale: float, gradient_scale: float, draws: Draws
+    ) -> None:
+        """Takes the gradients and numbers of the next step.
+
+        Args:
+            hyper: the numbers.
+            scale, gradient_scale: c and k.
+            draws: those of the first parameter of the group.
+        """
         # A part that was just made holds its gradients already, in the layout of the weights.
         grads = self.batch.grads or [w.grad for w in self.batch.params if w.grad is not None]
         self.batch = self.batch._replace(
-            grads=grads, hyper=hyper, scale=scale, gradient_scale=gradient_scale
+            grads=grads,
+            hyper=hyper,
+            scale=scale,
+            gradient_scale=gradient_scale,
+            seed=draws.seed,
+            steps=draws.step,
+            numbers=[draws.tensor + position for position in self.positions],
         )
 
     def release(self) -> None:
@@ -129,7 +158,7 @@ class Part:
     def written(self) -> None:
         """Notes that a kernel has written the tensors: theta is in step with every weight."""
         batch = self.batch
-        torch.autograd.graph.increment_version([*batch.params, *batch.pre_params, *batch.momenta])
+        torch.autograd.graph.increment_version(batch.written())
         self._versions = [w._version for w in batch.params]
         self._addresses = [w.data_ptr() for w in batch.params]
 
@@ -178,6 +207,7 @@ class Plan:
         states: dict[Tensor, dict[str, Any]],
         last_seen: dict[Tensor, Seen],
         hyper: Hyperparameters,
+        draws: Draws,
     ) -> "Plan":
         """Looks at every parameter of a group, and derives pre-parameters where needed.
 
@@ -187,6 +217,7 @@ class Plan:
             states: of the optimizer; gets the pre-parameters and momenta that are missing.
             last_seen: the weights when their theta was last in step with them.
             hyper: the numbers of the step.
+            draws: those of the first parameter of the group.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -205,11 +236,17 @@ class Plan:
                 state[PRE_PARAM] = _derived_like(param, group)
             elif last_seen.get(param) != seen(param):
                 plan.rederived += _refresh(param, state, group)
+            if applied(group["rounding"], state[PRE_PARAM].dtype) != "compensated":
+                # Other roundings step theta alone: what it lacked once is of no use later.
+                state.pop(COMPENSATION, None)
+            elif COMPENSATION not in state:
+                state[COMPENSATION] = torch.zeros_like(state[PRE_PARAM])
             first = hyper.momentum != 0 and MOMENTUM not in state
             # The kernels know no first step: they start from a momentum of 0, which differs if
             # there is dampening.
             if not linear or grad.dtype != param.dtype or (first and hyper.dampening != 0):
-                plan.singles.append(Single(param, grad, state, group, hyper))
+                own = draws._replace(tensor=draws.tensor + position)
+                plan.singles.append(Single(param, grad, state, group, hyper, own))
                 continue
             if first:
                 state[MOMENTUM] = torch.zeros_like(state[PRE_PARAM])
@@ -234,16 +271,17 @@ class Plan:
             and all(part.accepts([grads[i] for i in part.positions]) for part in self.parts)
         )
 
-    def prepare(self, hyper: Hyperparameters, grad_scale: float) -> None:
+    def prepare(self, hyper: Hyperparameters, grad_scale: float, draws: Draws) -> None:
         """Takes the gradients and numbers of the next step.
 
         Args:
             hyper: the numbers.
             grad_scale: what gradients are divided by.
+            draws: those of the first parameter of the group.
         """
         for part in self.parts:
             assert self._scales is not None
-            part.prepare(hyper, self._scales[0], self._scales[1] / grad_scale)
+            part.prepare(hyper, self._scales[0], self._scales[1] / grad_scale, draws)
         if grad_scale != 1:
             self.singles = [
                 single._replace(grad=single.grad / grad_scale) for single in self.singles
@@ -282,11 +320,11 @@ def _refresh(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> boo
         Whether the weight was no longer that of its pre-parameter, which was derived anew.
     """
     fresh = _derived_like(param, group)
-    for name in (PRE_PARAM, MOMENTUM):
+    for name in (PRE_PARAM, MOMENTUM, COMPENSATION):
         old = state.get(name)
         if old is None:
             continue
-        if old.shape != param.shape:
+        if old.shape != param.shape or (name == COMPENSATION and old.dtype != fresh.dtype):
             state[name] = torch.zeros_like(fresh)
         elif (
             old.dtype != fresh.dtype or old.device != fresh.device or not op.same_layout(old, fresh)
@@ -297,6 +335,7 @@ def _refresh(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> boo
     if _same(weight, param) or _same(theta, fresh):
         return False
     state[PRE_PARAM] = fresh
+    state.pop(COMPENSATION, None)
     return True
 
 

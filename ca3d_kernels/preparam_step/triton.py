@@ -108,13 +108,15 @@ def _constants(batch: Batch) -> dict[str, Any]:
     dtype, wide = batch.params[0].dtype, batch.pre_params[0].dtype
     if dtype not in _TYPES or (dtype != wide and (dtype, wide) not in _MIXED):
         raise UnsupportedInputError(f"pre-parameters of {wide} with parameters of {dtype}")
+    if batch.applied != "nearest":
+        raise UnsupportedInputError(f"rounding {batch.rounding!r}")
     return {
         "PARAM": _TYPES[dtype],
         "PRE_PARAM": _TYPES[wide],
         "REAL": tl.float64 if wide == torch.float64 else tl.float32,
         "MOMENTUM": bool(batch.momenta),
         "NESTEROV": batch.hyper.nesterov,
-        "ROUNDING": batch.rounding,
+        "ROUNDING": batch.applied,
     }
 
 

@@ -55,23 +55,27 @@ char* advance(void* start, int64_t elements, DType dtype) {
 }
 
 // The runs cut into pieces of at most kPreParamRun elements, so that threads share the work evenly.
-std::vector<PreParamRun> pieces(const PreParamStep& step, const PreParamRun* runs, int64_t count) {
-  std::vector<PreParamRun> cut;
+std::vector<PreParamPiece> pieces(const PreParamStep& step, const PreParamRun* runs,
+                                  int64_t count) {
+  std::vector<PreParamPiece> cut;
   for (int64_t i = 0; i < count; ++i) {
     const PreParamRun& run = runs[i];
     for (int64_t at = 0; at < run.count; at += kPreParamRun) {
       cut.push_back(
-          {advance(run.param, at, step.param), advance(const_cast<void*>(run.grad), at, step.param),
-           advance(run.pre_param, at, step.pre_param), advance(run.momentum, at, step.pre_param),
-           std::min(kPreParamRun, run.count - at)});
+          {{advance(run.param, at, step.param),
+            advance(const_cast<void*>(run.grad), at, step.param),
+            advance(run.pre_param, at, step.pre_param), advance(run.momentum, at, step.pre_param),
+            advance(run.compensation, at, step.pre_param), std::min(kPreParamRun, run.count - at),
+            run.number},
+           at});
     }
   }
   return cut;
 }
 
-int team(const std::vector<PreParamRun>& cut, int threads) {
+int team(const std::vector<PreParamPiece>& cut, int threads) {
   int64_t elements = 0;
-  for (const PreParamRun& run : cut) elements += run.count;
+  for (const PreParamPiece& piece : cut) elements += piece.run.count;
   return elements < kWorthThreads ? 1 : threads;
 }
 
@@ -80,14 +84,14 @@ int team(const std::vector<PreParamRun>& cut, int threads) {
 void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
                        int threads, PreParamLargest* largest) {
   check(step, runs, count, threads);
-  const std::vector<PreParamRun> cut = pieces(step, runs, count);
+  const std::vector<PreParamPiece> cut = pieces(step, runs, count);
   kernels().step(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads), largest);
 }
 
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
                                  int threads, const PreParamLargest* largest) {
   check(step, runs, count, threads);
-  const std::vector<PreParamRun> cut = pieces(step, runs, count);
+  const std::vector<PreParamPiece> cut = pieces(step, runs, count);
   return kernels().overflows(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads),
                              largest);
 }

@@ -7,6 +7,12 @@
 //   w = theta / scale, from theta as it is stored
 // in float (double for double tensors), each product and sum rounded on its own (never fused, so
 // that every instruction set gives the same bits); each stored value is rounded once.
+//
+// Compensated rounding of theta keeps what theta lacks, r, and steps theta + r, which takes the
+// place of theta in d:
+//   e = r - lr * (...)
+//   theta' = theta + e, as it is stored
+//   r = e - (theta' - theta)
 #pragma once
 
 #include <cstdint>
@@ -15,8 +21,10 @@
 
 namespace ca3d {
 
-// What is written for a value that its storage can't hold exactly.
-enum class Rounding { kNearest };
+// What is written for a theta or momentum that its storage, if of 16 bits, can't hold exactly; w
+// and what is wider are rounded to nearest. Stochastic rounding takes 16 random bits for each
+// value, see common/philox.h.
+enum class Rounding { kNearest, kStochastic, kCompensated };
 
 struct PreParamStep {
   DType param;      // of w and g
@@ -25,26 +33,40 @@ struct PreParamStep {
   double scale, gradient_scale;
   bool nesterov;
   Rounding rounding;
+  // Of stochastic rounding.
+  uint64_t seed;
+  uint32_t steps;  // that came before
 };
 
-// The same run of elements of the four tensors. All are contiguous in memory; momentum is null for
-// a step without.
+// One tensor, with what belongs to it, each contiguous in memory. Momentum is null for a step
+// without, compensation (r) for other roundings.
 struct PreParamRun {
   void* param;
   const void* grad;
   void* pre_param;
   void* momentum;
+  void* compensation;
   int64_t count;
+  uint32_t number;  // of the tensor, for stochastic rounding
+};
+
+// A part of a tensor: its addresses are those of the element `first`.
+struct PreParamPiece {
+  PreParamRun run;
+  int64_t first;
 };
 
 // Longest run that one thread takes at a time.
 constexpr int64_t kPreParamRun = 16384;
 
+// The rounding that the stored types really get: theta of more than 16 bits is rounded to nearest.
+Rounding applied_rounding(const PreParamStep& step);
+
 // Throws std::invalid_argument for options, types or runs that don't fit together.
 void check(const PreParamStep& step, const PreParamRun* runs, int64_t count);
 
-// Largest magnitudes of theta and m in a piece of kPreParamRun elements (the last of a run may be
-// shorter). NaN when they are not known.
+// What the magnitudes of theta and m don't exceed in a piece of kPreParamRun elements (the last of
+// a run may be shorter); reached unless rounding is stochastic. NaN when nothing is known.
 struct PreParamLargest {
   double pre_param, momentum;
 };
@@ -54,16 +76,18 @@ struct PreParamLargest {
 void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
                        int threads, PreParamLargest* largest = nullptr);
 
-// Whether the step would store a value that isn't finite, or g holds one. Writes nothing. Where
-// `largest` bounds all that a piece could become, of that piece only g is read.
+// Whether the step would store a value that isn't finite (with any draw, if rounding is
+// stochastic), or g holds one. Writes nothing. Where `largest` bounds all that a piece could
+// become, of that piece only g is read.
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
                                  int threads, const PreParamLargest* largest = nullptr);
 
-// The kernels of one instruction set. They take checked runs of at most kPreParamRun elements.
+// The kernels of one instruction set. They take checked pieces of at most kPreParamRun elements,
+// the first of which is a multiple of kPreParamRun.
 struct PreParamKernels {
-  void (*step)(const PreParamStep&, const PreParamRun*, int64_t count, int threads,
+  void (*step)(const PreParamStep&, const PreParamPiece*, int64_t count, int threads,
                PreParamLargest*);
-  bool (*overflows)(const PreParamStep&, const PreParamRun*, int64_t count, int threads,
+  bool (*overflows)(const PreParamStep&, const PreParamPiece*, int64_t count, int threads,
                     const PreParamLargest*);
 };
 

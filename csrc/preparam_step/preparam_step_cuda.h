@@ -20,8 +20,8 @@ constexpr int kPreParamThreads = 256;
 
 // Tensors of a launch: with a small table the argument is below 4 KB, the limit of CUDA
 // before 12.1, with a large one below 32 KB.
-constexpr int kSmallTable = 80;
-constexpr int kLargeTable = 640;
+constexpr int kSmallTable = 64;
+constexpr int kLargeTable = 512;
 
 // Device addresses, each null for none.
 struct PreParamDevice {

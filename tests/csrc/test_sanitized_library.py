@@ -18,6 +18,7 @@ KERNEL_TESTS = (
     "norm_relu_conv/test_parity.py",
     "preparam_step/test_parity.py",
     "preparam_step/test_plan.py",
+    "preparam_step/test_remembered_magnitudes.py",
 )
 
 # Every program below runs in the folder of the sanitized package and starts with this.
@@ -54,9 +55,9 @@ native.normalise("float32", matrix, True, columns[:2], 1e-5, *addresses, False, 
 import numpy as np
 count = 1000
 tensors = [np.zeros(count, np.float32) for _ in range(4)]
-table = np.array([*(x.ctypes.data for x in tensors), count + int(sys.argv[1])], np.int64)
+table = np.array([*(x.ctypes.data for x in tensors), 0, count + int(sys.argv[1]), 0], np.int64)
 hyper = (0.1, 0.9, 0.0, 0.0, 128.0, 1.0)
-native.preparam_sgd_step(table, "float32", "float32", hyper, False, "nearest", 1)
+native.preparam_sgd_step(table, "float32", "float32", hyper, False, "nearest", (0, 0), 1)
 """,
 }
 

@@ -50,13 +50,14 @@ void attend(const LocalAttentionProblem& p, int64_t shift = 0) {
 
 void step(int tensors, int64_t count) {
   const ca3d::PreParamStep options = {
-      DType::kFloat16, DType::kFloat16, 0.1, 0.9, 0, 0, 128, 1, false, ca3d::Rounding::kNearest};
+      DType::kFloat16, DType::kFloat16,          0.1, 0.9, 0, 0, 128, 1,
+      false,           ca3d::Rounding::kNearest, 0,   0};
   std::vector<std::vector<uint16_t>> memory(static_cast<size_t>(4 * tensors),
                                             std::vector<uint16_t>(static_cast<size_t>(count)));
   std::vector<ca3d::PreParamRun> runs;
   for (size_t i = 0; i < memory.size(); i += 4) {
     runs.push_back({memory[i].data(), memory[i + 1].data(), memory[i + 2].data(),
-                    memory[i + 3].data(), count});
+                    memory[i + 3].data(), nullptr, count, 0});
   }
   memory[1][0] = 0x7c00;  // infinity
   float found_inf = 0;

@@ -154,9 +154,10 @@ def test_launches_of_an_ordinary_model(emulated_library: ModuleType) -> None:
     table: list[int] = []
     sizes = [300] * 103 + [200_000] * 34
     for i, size in enumerate(sizes):
-        table += [4096 * (i + 1)] * 4 + [size]
+        table += [4096 * (i + 1)] * 4 + [0, size, i]
     arguments = (torch.tensor(table).numpy(), "float16", "float16", (0.1, 0.9, 0, 0, 128.0, 1.0))
-    (plan,) = emulated_library.preparam_launches(*arguments, False, "nearest", (0, 0, 0), False)
+    arguments = (*arguments, False, "nearest", (0, 0), (0, 0, 0))
+    (plan,) = emulated_library.preparam_launches(*arguments, False)
     assert plan["entry"] == "ca3d_preparam_step_float16_float16_large"
     assert plan["grid"] == (103 + 34 * 49, 1, 1)
     assert plan["block"] == (256, 1, 1)

@@ -13,10 +13,14 @@ from ca3d_kernels.preparam_step import op
 STEP = torch.ops.ca3d.preparam_sgd_step.default
 OVERFLOWS = torch.ops.ca3d.preparam_sgd_overflows.default
 HYPER = (0.01, 0.9, 0.0, 5e-3, 128.0, 128.0)
+DRAWS = torch.tensor([77, 3, 0, 5, 2])  # seed, step, numbers of the tensors
 
 
 def arguments(
-    backend: str = "", dtype: torch.dtype = torch.float16, momentum: bool = True
+    backend: str = "",
+    dtype: torch.dtype = torch.float16,
+    momentum: bool = True,
+    rounding: str = "nearest",
 ) -> list[Any]:
     w = [torch.randn(5).to(dtype), torch.randn(3, 4).to(dtype), torch.empty(0, dtype=dtype)]
     hyper = torch.tensor(HYPER, dtype=torch.float64)
@@ -26,29 +30,40 @@ def arguments(
         [torch.randn_like(x) for x in w],
         [x * 128 for x in w],
         [torch.randn_like(x) for x in w] if momentum else [],
+        [torch.randn_like(x) * 1e-3 for x in w] if rounding == "compensated" else [],
         hyper,
         False,
-        "nearest",
+        rounding,
         backend,
     ]
 
 
+CASES = [
+    (torch.float16, "nearest"),
+    (torch.float32, "nearest"),
+    (torch.float16, "stochastic"),
+    (torch.bfloat16, "compensated"),
+]
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_opcheck(backend: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(STEP, arguments(backend, dtype))
-    torch.library.opcheck(OVERFLOWS, arguments(backend, dtype))
+@pytest.mark.parametrize(("dtype", "rounding"), CASES)
+def test_opcheck(backend: str, dtype: torch.dtype, rounding: str) -> None:
+    draws = {"draws": DRAWS} if rounding == "stochastic" else {}
+    torch.library.opcheck(STEP, arguments(backend, dtype, rounding=rounding), draws)
+    torch.library.opcheck(OVERFLOWS, arguments(backend, dtype, rounding=rounding))
 
 
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
 @pytest.mark.parametrize("momentum", [False, True])
-def test_backends_agree(momentum: bool) -> None:
+def test_backends_agree(momentum: bool, rounding: str) -> None:
     torch.manual_seed(1)
-    ours = arguments("cpu", momentum=momentum)
+    ours = arguments("cpu", momentum=momentum, rounding=rounding)
     torch.manual_seed(1)
-    theirs = arguments("reference", momentum=momentum)
-    STEP(*ours)
-    STEP(*theirs)
-    for a, b in zip(ours[:4], theirs[:4], strict=True):
+    theirs = arguments("reference", momentum=momentum, rounding=rounding)
+    STEP(*ours, draws=DRAWS)
+    STEP(*theirs, draws=DRAWS)
+    for a, b in zip(ours[:5], theirs[:5], strict=True):
         for x, y in zip(a, b, strict=True):
             assert_same_bits(x, y)
 
@@ -116,9 +131,11 @@ BAD: list[tuple[int, Any, type[Exception], str]] = [
         ValueError,
         r"pre_params\[1\] must have the strides \(4, 1\), got \(1, 3\)",
     ),
-    (4, lambda h: h[:5], ValueError, "hyper must hold 6 numbers, got 5"),
-    (6, lambda r: "stochastic", ValueError, r"rounding must be one of \('nearest',\), got"),
-    (7, lambda b: "gpu", ValueError, "allowed here"),
+    (4, lambda r: [torch.zeros(5)], ValueError, "compensations must hold 0 tensors .*, got 1"),
+    (5, lambda h: h[:5], ValueError, "hyper must hold 6 numbers, got 5"),
+    (7, lambda r: "published", ValueError, r"rounding must be one of \('nearest',.*, got"),
+    (7, lambda r: "compensated", ValueError, "compensations must hold 3 tensors .*, got 0"),
+    (8, lambda b: "gpu", ValueError, "allowed here"),
 ]
 
 
@@ -129,24 +146,52 @@ def test_bad_input(position: int, value: Any, error: type[Exception], message: s
             call(*replaced(position, value))
 
 
+BAD_DRAWS: list[tuple[Any, str]] = [
+    (None, "draws must be given with rounding 'stochastic', got None"),
+    (DRAWS[:4], "numbers of 3 tensors, got 2 numbers"),
+    (-DRAWS, "must not be negative"),
+    (DRAWS << 32, r"numbers of tensors below 2\*\*32"),
+]
+
+
+@pytest.mark.parametrize(("draws", "message"), BAD_DRAWS)
+def test_bad_draws(draws: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        STEP(*arguments(rounding="stochastic"), draws=draws)
+
+
+def test_wide_pre_parameters_take_every_rounding_as_nearest() -> None:
+    torch.manual_seed(1)
+    expected = arguments(dtype=torch.float32)
+    STEP(*expected)
+    for rounding in op.ROUNDINGS:
+        torch.manual_seed(1)
+        actual = arguments(dtype=torch.float32)
+        actual[7] = rounding
+        STEP(*actual)
+        for x, y in zip(actual[2], expected[2], strict=True):
+            assert_same_bits(x, y)
+
+
 def test_native_functions_check_what_they_can() -> None:
     native = backends.native()
     if native is None:
         pytest.skip("the native library is not built")
     w = torch.ones(4)
-    row = [w.data_ptr(), w.data_ptr(), w.data_ptr(), 0, 4]
-    good = [row, "float32", "float32", HYPER, False, "nearest", 1]
+    row = [w.data_ptr(), w.data_ptr(), w.data_ptr(), 0, 0, 4, 0]
+    good = [row, "float32", "float32", HYPER, False, "nearest", (0, 0), 1]
     for position, value, message in (
-        (0, row[:4], "5 numbers a tensor"),
-        (0, [*row[:4], -1], "tensor 0 has -1 elements"),
+        (0, row[:4], "7 numbers a tensor"),
+        (0, [*row[:5], -1, 0], "tensor 0 has -1 elements"),
         (0, [0, *row[1:]], "tensor 0 has a null pointer"),
-        (0, [*row, *row[:3], w.data_ptr(), 4], "all tensors have a momentum or none"),
+        (0, [*row, *row[:3], w.data_ptr(), 0, 4, 0], "all tensors have a momentum or none"),
+        (0, [*row[:4], w.data_ptr(), 4, 0], "if and only if rounding is compensated"),
         (1, "int8", "dtype 'int8' is not supported"),
         (2, "float16", "pre_param must have the type of param"),
         (3, (float("nan"), *HYPER[1:]), "lr must be finite, got nan"),
         (3, (*HYPER[:4], 0.0, 1.0), "scale must be finite and not zero"),
-        (5, "stochastic", "rounding 'stochastic' is not supported; allowed: nearest"),
-        (6, 0, "threads must be at least 1"),
+        (5, "published", "rounding 'published' is not supported; allowed: nearest, stochastic"),
+        (7, 0, "threads must be at least 1"),
     ):
         bad = list(good)
         bad[position] = value

@@ -130,7 +130,7 @@ def test_schedulers(make: Callable[[Any], Any], tensor_lr: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("mapping", [LinearMapping(), Cube(), published_mapping("f16-root")])
-@pytest.mark.parametrize("rounding", ["nearest", "published"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated", "published"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_skips_steps_that_are_not_finite(
     backend: str, mapping: PreParamMapping, rounding: str, value: float
@@ -160,6 +160,7 @@ def test_skips_steps_that_are_not_finite(
     set_gradients(params, seed=1)
     optimizer.step()
     assert optimizer.skipped_steps == 1
+    after = [w.detach() for w in params] + [x for w in params for x in optimizer.state[w].values()]
     assert all((x != y).any() for x, y in zip(after, before, strict=True))
 
 
@@ -364,9 +365,12 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, "nesterov needs"),
     ({"nesterov": 1}, TypeError, "nesterov must be True or False, got 1"),
     ({"mapping": "f16"}, TypeError, "mapping must be a PreParamMapping.*got 'f16'"),
-    ({"rounding": "stochastic"}, ValueError, r"\('nearest', 'published'\), got 'stochastic'"),
-    ({"rounding": "up"}, ValueError, r"\('nearest', 'published'\), got 'up'"),
-    ({"compensated": True}, ValueError, "compensated must be False"),
+    ({"rounding": "up"}, ValueError, r"'nearest', 'stochastic', .*'published'\), got 'up'"),
+    ({"rounding": None}, ValueError, r"rounding must be one of .*, got None"),
+    ({"seed": -1}, ValueError, r"seed must be at least 0 and below 2\*\*63, got -1"),
+    ({"seed": 2**63}, ValueError, r"seed must be at least 0 and below 2\*\*63, got 9223"),
+    ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+    ({"seed": True}, TypeError, "seed must be an integer, got True"),
     ({"skip_nonfinite": None}, TypeError, "skip_nonfinite must be True or False, got None"),
     ({"pre_param_dtype": torch.int32}, TypeError, "pre_param_dtype must be None or one of"),
     ({"pre_param_dtype": torch.bfloat16}, ValueError, "can't hold parameter 0.*torch.float16"),

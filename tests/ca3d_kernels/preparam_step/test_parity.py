@@ -36,6 +36,8 @@ CASES = pairwise_cases(
         "weight_decay": (0.0, 5e-3),
         "mapping": (LinearMapping(), LinearMapping(100.0, 0.1), LinearMapping(0.3)),
         "skip_nonfinite": (False, True),
+        "rounding": op.ROUNDINGS,
+        "seed": (0, 2**62 + 3),
     },
     lambda case: (
         (not case["nesterov"] or (case["momentum"] > 0 and case["dampening"] == 0))
@@ -74,12 +76,14 @@ def test_native_equals_the_reference_bit_for_bit(case: dict) -> None:
             assert_same_bits(x, y, f"{isa}, tensor {i}")
 
 
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+def test_threads_do_not_change_a_bit(dtype: torch.dtype, rounding: str) -> None:
+    options = {"momentum": 0.9, "skip_nonfinite": True, "rounding": rounding}
     results = []
     for count in (1, 2, 3):
         with threads(count):
-            results.append(trained(parameters(dtype), "cpu", momentum=0.9, skip_nonfinite=True))
+            results.append(trained(parameters(dtype), "cpu", **options))
     for other in results[1:]:
         for x, y in zip(other, results[0], strict=True):
             assert_same_bits(x, y)
@@ -90,10 +94,14 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
     shapes=st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=12),
     dtype=st.sampled_from(DTYPES),
     momentum=st.sampled_from((0.0, 0.5)),
+    rounding=st.sampled_from(op.ROUNDINGS),
 )
-def test_any_shapes(shapes: list[tuple[int, ...]], dtype: torch.dtype, momentum: float) -> None:
-    expected = trained(parameters(dtype, shapes), "reference", momentum=momentum)
-    actual = trained(parameters(dtype, shapes), "cpu", momentum=momentum)
+def test_any_shapes(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, momentum: float, rounding: str
+) -> None:
+    options = {"momentum": momentum, "rounding": rounding}
+    expected = trained(parameters(dtype, shapes), "reference", **options)
+    actual = trained(parameters(dtype, shapes), "cpu", **options)
     for x, y in zip(actual, expected, strict=True):
         assert_same_bits(x, y)
 
@@ -103,17 +111,19 @@ def float16_patterns() -> Tensor:
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_bit_pattern_of_a_gradient(isa: str, dtype: torch.dtype) -> None:
+def test_every_bit_pattern_of_a_gradient(isa: str, rounding: str, dtype: torch.dtype) -> None:
     # Subnormal numbers, infinities and NaN included: conversions are the same everywhere.
     grad = float16_patterns().view(torch.int16).view(dtype)
     results = []
     for backend in ("cpu", "reference"):
         w = nn.Parameter(torch.linspace(-1, 1, 2**16).to(dtype))
         w.grad = grad
-        optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, backend=backend)
+        optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, rounding=rounding, backend=backend)
         with instruction_set(isa):
             optimizer.step()
+            optimizer.step()  # from infinities and NaN, too
         results.append([w, *optimizer.state[w].values()])
     for x, y in zip(*results, strict=True):
         assert_same_bits(x, y)
@@ -146,7 +156,7 @@ def test_error_against_float64(dtype: torch.dtype, scale: float) -> None:
     peer = torch_step(w, grad, theta, momentum, hyper, scale)
     batch = op.Batch([w], [grad], [theta], [momentum], hyper, scale, scale, backend="cpu")
     op.step(batch)
-    for ours, theirs, truth in zip((w, theta, momentum), peer, exact, strict=True):
+    for ours, theirs, truth in zip((w, theta, momentum), peer, exact[:3], strict=True):
         assert ours.dtype == dtype
         error = (ours.double() - truth).abs().max()
         allowed = 2 * (theirs.double() - truth).abs().max()
@@ -199,6 +209,19 @@ def test_pre_parameters_outlast_plain_float16_in_the_subnormal_range() -> None:
         optimizer.step()
     assert param.item() == -(2.0**-24)
     assert plain.item() == 0
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_layouts_of_memory(rounding: str) -> None:
+    # What is drawn for an element depends on its place in memory, for all backends.
+    results = []
+    for backend in ("cpu", "reference"):
+        (w,) = parameters(torch.float16, [(4, 3, 5, 5)])
+        w = nn.Parameter(w.detach().to(memory_format=torch.channels_last))
+        assert not w.is_contiguous()
+        results.append(trained([w], backend, momentum=0.9, rounding=rounding))
+    for x, y in zip(*results, strict=True):
+        assert_same_bits(x, y)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -58,6 +58,24 @@ def published_rounding(params: list[nn.Parameter], optimizer: PreParamSGD) -> No
     optimizer.param_groups[0]["rounding"] = "published"
 
 
+def stochastic_rounding(params: list[nn.Parameter], optimizer: PreParamSGD) -> None:
+    optimizer.param_groups[0]["rounding"] = "stochastic"
+
+
+def compensated_rounding(params: list[nn.Parameter], optimizer: PreParamSGD) -> None:
+    optimizer.param_groups[0]["rounding"] = "compensated"
+
+
+def replace_compensation(params: list[nn.Parameter], optimizer: PreParamSGD) -> None:
+    state = optimizer.state[params[0]]
+    if "compensation" in state:
+        state["compensation"] = state["compensation"] + 0.01
+
+
+def other_seed(params: list[nn.Parameter], optimizer: PreParamSGD) -> None:
+    optimizer.seed = 9
+
+
 def reload_state(params: list[nn.Parameter], optimizer: PreParamSGD) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
@@ -77,6 +95,10 @@ CHANGES = [
     other_options,
     no_momentum,
     published_rounding,
+    stochastic_rounding,
+    compensated_rounding,
+    replace_compensation,
+    other_seed,
     reload_state,
     replace_storage,
 ]
@@ -84,15 +106,23 @@ CHANGES = [
 
 @pytest.mark.filterwarnings("ignore:1 parameters were changed outside")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
-def test_a_change_acts_as_on_a_fresh_optimizer(change: Change, skip_nonfinite: bool) -> None:
+def test_a_change_acts_as_on_a_fresh_optimizer(
+    change: Change, skip_nonfinite: bool, rounding: str
+) -> None:
     """The optimizer that kept its plans takes the same step as one whose plans were thrown away."""
     results = []
     for forget in (False, True):
         params = parameters(torch.float16, [5, 17, (4, 6), 700])
         params += parameters(torch.float32, [9])
         optimizer = PreParamSGD(
-            params, lr=0.1, momentum=0.9, weight_decay=0.01, skip_nonfinite=skip_nonfinite
+            params,
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.01,
+            rounding=rounding,
+            skip_nonfinite=skip_nonfinite,
         )
         for step in range(2):
             set_gradients(params, seed=step)

@@ -9,6 +9,7 @@ from step_cases import assert_same_bits
 from torch import Tensor, nn
 
 from ca3d_kernels import LinearMapping, PreParamSGD, backends
+from ca3d_kernels.preparam_step import op
 
 SIZES = (1, 31, 512, 16384, 16385, 40000)  # a piece holds 16384 elements
 OPTIONS: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "skip_nonfinite": True}
@@ -29,14 +30,19 @@ def gradients(seed: int, dtype: torch.dtype, factor: float) -> list[Tensor]:
     return [grad.to(dtype) for grad in made]
 
 
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_same_steps_are_skipped_as_by_the_reference(dtype: torch.dtype, nesterov: bool) -> None:
+def test_same_steps_are_skipped_as_by_the_reference(
+    dtype: torch.dtype, nesterov: bool, rounding: str
+) -> None:
     limit = torch.finfo(dtype).max
     both = []
     for backend in ("cpu", "reference"):
         params = parameters(dtype)
-        optimizer = PreParamSGD(params, **OPTIONS, nesterov=nesterov, backend=backend)
+        optimizer = PreParamSGD(
+            params, **OPTIONS, nesterov=nesterov, rounding=rounding, backend=backend
+        )
         skipped = []
         for step in range(24):
             # From harmless through the neighbourhood of the limit, where the sign decides.
@@ -53,13 +59,24 @@ def test_same_steps_are_skipped_as_by_the_reference(dtype: torch.dtype, nesterov
         assert_same_bits(a.detach(), b.detach())
 
 
-def test_a_change_from_outside_is_seen() -> None:
+CHANGES: list[tuple[str, dict[str, float]]] = [
+    ("nearest", {"momentum_buffer": -65000, "pre_parameter": 60000}),
+    ("stochastic", {"momentum_buffer": -65000, "pre_parameter": 60000}),
+    ("compensated", {"momentum_buffer": -65000, "pre_parameter": 60000}),
+    ("compensated", {"compensation": 60000, "pre_parameter": 60000}),
+]
+
+
+@pytest.mark.parametrize(("rounding", "values"), CHANGES)
+def test_a_change_from_outside_is_seen(rounding: str, values: dict[str, float]) -> None:
     (w,) = params = [nn.Parameter(torch.zeros(8, dtype=torch.float16))]
-    optimizer = PreParamSGD(params, lr=1.0, momentum=0.9, skip_nonfinite=True, backend="cpu")
+    optimizer = PreParamSGD(
+        params, lr=1.0, momentum=0.9, rounding=rounding, skip_nonfinite=True, backend="cpu"
+    )
     w.grad = torch.ones_like(w) * 1e-3
     optimizer.step()
-    optimizer.state[w]["momentum_buffer"].fill_(-65000)
-    optimizer.state[w]["pre_parameter"].fill_(60000)
+    for name, value in values.items():
+        optimizer.state[w][name].fill_(value)
     before = w.detach().clone()
     optimizer.step()
     assert optimizer.skipped_steps == 1
@@ -67,9 +84,9 @@ def test_a_change_from_outside_is_seen() -> None:
 
 
 def native_arguments(w: Tensor, grad: Tensor, theta: Tensor, momentum: Tensor) -> list[Any]:
-    table = np.array([*(x.data_ptr() for x in (w, grad, theta, momentum)), w.numel()])
+    table = np.array([*(x.data_ptr() for x in (w, grad, theta, momentum)), 0, w.numel(), 0])
     hyper = (0.1, 0.9, 0.0, 0.0, 1.0, 1.0)
-    return [table, "float16", "float16", hyper, False, "nearest", 1]
+    return [table, "float16", "float16", hyper, False, "nearest", (0, 0), 1]
 
 
 def test_a_step_reports_the_largest_magnitudes_it_stored() -> None:
@@ -87,6 +104,26 @@ def test_a_step_reports_the_largest_magnitudes_it_stored() -> None:
     native.preparam_sgd_step(*native_arguments(*tensors), largest)
     assert np.isnan(largest[:2]).all()
     assert np.isfinite(largest[2:]).all()
+
+
+def test_magnitudes_bound_what_stochastic_rounding_stores() -> None:
+    native = backends.native()
+    assert native is not None
+    tensors = (torch.randn(4, 20000) * 3).half().unbind()
+    arguments = native_arguments(*tensors)
+    arguments[5] = "stochastic"
+    reached = 0
+    for step in range(20):
+        arguments[6] = (0, step)
+        largest = np.full(4, np.nan)
+        native.preparam_sgd_step(*arguments, largest)
+        pieces = (slice(16384), slice(16384, None))
+        stored = [x[piece].abs().max() for piece in pieces for x in tensors[2:]]
+        for bound, value in zip(largest.tolist(), stored, strict=True):
+            below = torch.nextafter(torch.tensor(bound).half(), torch.tensor(0.0).half())
+            assert below <= value <= bound
+            reached += value.item() == bound
+    assert 0 < reached < 80
 
 
 def test_a_wrong_number_of_magnitudes_is_refused() -> None:

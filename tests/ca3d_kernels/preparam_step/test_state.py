@@ -16,6 +16,13 @@ from ca3d_kernels import LinearMapping, PreParamSGD, published_mapping
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "float16": {"momentum": 0.9},
     "float32 theta": {"momentum": 0.9, "pre_param_dtype": torch.float32},
+    "stochastic": {"momentum": 0.9, "rounding": "stochastic", "seed": 11},
+    "compensated": {"momentum": 0.9, "rounding": "compensated"},
+    "stochastic, no kernel": {
+        "momentum": 0.9,
+        "rounding": "stochastic",
+        "mapping": published_mapping("f16-root"),
+    },
     "no momentum": {"mapping": LinearMapping(64.0), "skip_nonfinite": True},
     "published": {
         "momentum": 0.9,
@@ -53,7 +60,7 @@ def test_resumed_run_goes_on_bit_for_bit(name: str) -> None:
     advance(params, optimizer, 3, 6)
 
     resumed = [nn.Parameter(w) for w in checkpoint["params"]]
-    other = PreParamSGD(resumed, **{**options, "lr": 0.5})
+    other = PreParamSGD(resumed, **{**options, "lr": 0.5, "seed": 5})
     other.load_state_dict(checkpoint["optimizer"])
     assert other.param_groups[0]["lr"] == 0.05
     assert other.param_groups[0]["mapping"] is options.get("mapping", other.defaults["mapping"])
@@ -128,11 +135,18 @@ def test_hooks_of_the_user_see_and_change_the_state() -> None:
     assert seen == [torch.float32]
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
-def test_copies_go_on_alike(way: str) -> None:
+def test_copies_go_on_alike(way: str, rounding: str) -> None:
     model = nn.Linear(6, 4).half()
     optimizer = PreParamSGD(
-        model.parameters(), lr=0.1, momentum=0.9, skip_nonfinite=True, backend="reference"
+        model.parameters(),
+        lr=0.1,
+        momentum=0.9,
+        rounding=rounding,
+        seed=3,
+        skip_nonfinite=True,
+        backend="reference",
     )
     advance(list(model.parameters()), optimizer, 0, 2)
     pair = {"model": model, "optimizer": optimizer}
