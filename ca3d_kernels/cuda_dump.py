@@ -8,7 +8,6 @@ import functools
 import re
 import struct
 import tempfile
-from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,16 +88,21 @@ def _step(values: Mapping[str, Any], device: torch.device) -> list[Planned]:
     batch = problems.step_batch(values, device)
     found_inf = torch.empty((), device=device)
     table, *rest = library_arguments(batch)
-    # Meta tensors have no address, and the library refuses null where it would read.
-    pointers = 4 if batch.momenta else 3
-    table = array("q", (x or _SOMEWHERE * (i % 5 < pointers) for i, x in enumerate(table)))
     operands = {}
-    for i in range(len(batch.params)):
-        operands[f"runs[{i}].param"] = batch.params[i]
-        operands[f"runs[{i}].grad"] = batch.grads[i]
-        operands[f"runs[{i}].pre_param"] = batch.pre_params[i]
-        if batch.momenta:
-            operands[f"runs[{i}].momentum"] = batch.momenta[i]
+    columns = len(table) // len(batch.params)
+    for column, (name, group) in enumerate(
+        {
+            "param": batch.params,
+            "grad": batch.grads,
+            "pre_param": batch.pre_params,
+            "momentum": batch.momenta,
+            "compensation": batch.compensations,
+        }.items()
+    ):
+        for i, x in enumerate(group):
+            operands[f"runs[{i}].{name}"] = x
+            # Meta tensors have no address, and the library refuses null where it would read.
+            table[i * columns + column] = x.data_ptr() or _SOMEWHERE
     with_flag = {**operands, "device.found_inf": found_inf}
     found = []
     for overflows, tensors in ((True, with_flag), (False, with_flag), (False, operands)):
