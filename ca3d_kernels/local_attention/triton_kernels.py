@@ -8,8 +8,8 @@ all of them run-time data, and is 0 between sequences. The products with it cost
 cores do them, and the kernel waits for memory.
 
 Sums over keys must keep the float32 precision of their weights, but tensor cores take half
-precision: `_weighted_sum` splits the weights into parts. The matrices have a leading dimension of
-1: Triton then multiplies them with ``mma.sync`` on every GPU.
+precision: `_weighted_sum` splits the weights into parts. No matrix has 64 rows or more: Triton then
+multiplies with ``mma.sync`` on every GPU.
 
 A clip that is longer than the tile is cut into blocks: rows before and after a block's own are
 its halo, read to be met but not written.
@@ -34,7 +34,7 @@ RUN_TIME += [
 
 @triton.jit
 def _dot(a, b):
-    """a @ b in float32: (M, K) and (K, N)."""
+    """a @ b in float32: (M, K) and (K, N), or as many of them as the first dimension says."""
     return tl.dot(a, b, input_precision="ieee")
 
 
@@ -51,7 +51,7 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
     if PARTS == 1:
         total = _dot(weights, clean)
     else:
-        unit = tl.maximum(tl.max(tl.abs(weights), 1), 1e-30)[:, None]
+        unit = tl.maximum(tl.max(tl.abs(weights), -1), 1e-30).expand_dims(-1)
         rest = weights / unit  # [M, K]
         part = rest.to(x.dtype)
         total = _dot(part, clean)  # [M, N]
@@ -60,7 +60,7 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
             part = rest.to(x.dtype)
             total += _dot(part, clean)
         total *= unit
-    if tl.min(tl.min(finite.to(tl.float32), 1), 0) == 0:
+    if tl.min(finite.to(tl.float32)) == 0:
         # NaN counts as both infinities, whose sum is NaN.
         nan = magnitude(x) > infinity(x.dtype)
         negative = is_negative(x)
@@ -72,17 +72,16 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
 
 @triton.jit
 def _rows(
-    row, sequences, heads, frames, blocks,
+    row, tile, sequences, heads, frames, blocks,
     ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
     TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Position, head and frame of rows of this program's tile, and whether they exist.
+    """Position, head and frame of rows of a tile, and whether they exist.
 
     Row i is frame ``i % FRAMES``, counted from the halo, of the tile's sequence ``i // FRAMES``.
     With a key table all heads of a position are in one tile, TABLE_HEADS sequences for each.
     """
-    program = tl.program_id(0)
-    group, block = program // blocks, program % blocks
+    group, block = tile // blocks, tile % blocks
     place = row // FRAMES
     frame = block * OWNED - FRONT + row % FRAMES
     exists = (frame >= 0) & (frame < frames)
@@ -100,7 +99,7 @@ def _rows(
 
 @triton.jit
 def _multiplicity(
-    sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
+    tile, sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
     ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
     TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -108,10 +107,10 @@ def _multiplicity(
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, ROWS)[None, :]
     position, head, t, queries = _rows(
-        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     key_position, key_head, s, keys = _rows(
-        column, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        column, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     exists = queries & keys & (position == key_position)  # [ROWS, ROWS]
     if TABLE_HEADS > 0:
@@ -139,32 +138,32 @@ def _offsets(position, head, frame, inner, outer_stride, inner_stride, head_stri
 
 
 @triton.jit
-def _weights(q, k, count, kernel_size, zeros, scale):
+def _weights(products, count, kernel_size, zeros, scale):
     """exp(logit - largest) times count, (ROWS, ROWS); the same of the slots that have
-    no key, (ROWS,); and the sum of both, (ROWS,)."""
-    logits = tl.where(count > 0, scale * _dot(q, tl.trans(k)), float("-inf"))
+    no key, (ROWS,); and the sum of both, (ROWS,). Products are those of queries with keys."""
+    logits = tl.where(count > 0, scale * products, float("-inf"))
     # Slots without a key take part with logit 0 if zeros is 1, and don't if it is 0.
-    absent = zeros * (kernel_size - tl.sum(count, 1))
-    largest = tl.max(logits, 1)
+    absent = zeros * (kernel_size - tl.sum(count, -1))
+    largest = tl.max(logits, -1)
     largest = tl.where((absent > 0) & (largest < 0), 0.0, largest)
     # A row that doesn't exist has no key.
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    weights = count * tl.exp(logits - largest[:, None])
+    weights = count * tl.exp(logits - largest.expand_dims(-1))
     absent *= tl.exp(-largest)
-    total = tl.sum(weights, 1) + absent
+    total = tl.sum(weights, -1) + absent
     return weights, absent, tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
 def _logit_gradients(weights, absent, total, dp, meets, scale):
     """p, and the gradients of the logits times scale, from those of p; all (ROWS, ROWS)."""
-    p = weights / total[:, None]
+    p = weights / total.expand_dims(-1)
     # The mean is subtracted twice: where one key takes nearly all the weight, its difference from
     # the mean is smaller than the mean's rounding error. Slots without a key have dp = 0.
-    mean = tl.sum(weights * dp, 1) / total
-    dp -= mean[:, None]
-    mean = (tl.sum(weights * dp, 1) - absent * mean) / total
-    return p, tl.where(meets, scale * p * (dp - mean[:, None]), 0.0)
+    mean = tl.sum(weights * dp, -1) / total
+    dp -= mean.expand_dims(-1)
+    mean = (tl.sum(weights * dp, -1) - absent * mean) / total
+    return p, tl.where(meets, scale * p * (dp - mean.expand_dims(-1)), 0.0)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -182,10 +181,11 @@ def attention_forward(
     TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale q k^T) v over the window of each frame."""
+    tile = tl.program_id(0)
     row = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
     position, head, frame, exists = _rows(
-        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     inside = exists & (i < HEAD_DIM)  # [ROWS, COLUMNS]
     at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
@@ -197,10 +197,10 @@ def attention_forward(
     if PARTS == 1:
         b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
     count = _multiplicity(
-        sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
+        tile, sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
         ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
     )  # [ROWS, ROWS]  # fmt: skip
-    weights, _, total = _weights(b_q, b_k, count, kernel_size, zeros, scale)
+    weights, _, total = _weights(_dot(b_q, tl.trans(b_k)), count, kernel_size, zeros, scale)
     b_o = _weighted_sum(weights, b_v, count > 0, PARTS) / total[:, None]  # [ROWS, COLUMNS]
     kept = inside & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
     at = _offsets(position, head, frame, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
@@ -229,10 +229,11 @@ def attention_backward(
     Every row gathers its own dq, dk and dv from the tile: no atomics, the same bits every time.
     The halo holds the queries that meet an own key, and all keys that these queries meet.
     """
+    tile = tl.program_id(0)
     row = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
     position, head, frame, exists = _rows(
-        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     inside = exists & (i < HEAD_DIM)  # [ROWS, COLUMNS]
     at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
@@ -247,11 +248,11 @@ def attention_backward(
         b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
         b_do = b_do.to(tl.float32)
     count = _multiplicity(
-        sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
+        tile, sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
         ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
     )  # [ROWS, ROWS]  # fmt: skip
     meets = count > 0
-    weights, absent, total = _weights(b_q, b_k, count, kernel_size, zeros, scale)
+    weights, absent, total = _weights(_dot(b_q, tl.trans(b_k)), count, kernel_size, zeros, scale)
     dp = tl.where(meets, _dot(b_do, tl.trans(b_v)), 0.0)  # [ROWS, ROWS]
     p, ds = _logit_gradients(weights, absent, total, dp, meets, scale)
     kept = inside & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
