@@ -80,6 +80,7 @@ _ORDINARY: dict[str, dict[str, dict[str, Any]]] = {
         "stage 1, published": {"edge": "zero", "published": True},
         "16 frames": {"frames": 16},
         "64 frames": {"frames": 64},
+        "128 frames": {"frames": 128},
         "stage 1, bfloat16": {"dtype": "bfloat16"},
         "stage 1, float32": {"dtype": "float32"},
         "head_dim 128": {"head_dim": 128},

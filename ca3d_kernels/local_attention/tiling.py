@@ -15,6 +15,8 @@ class Tile(NamedTuple):
         owned: frames of each sequence that a tile writes.
         front: frames of the halo before them.
         table_heads: sequences of a position, with a key table, else 0.
+        met_front, met_back: frames before and after a tile's own whose queries meet its own keys;
+            0 in a forward pass, which needs its own queries alone.
     """
 
     rows: int
@@ -22,6 +24,8 @@ class Tile(NamedTuple):
     owned: int
     front: int
     table_heads: int
+    met_front: int = 0
+    met_back: int = 0
 
     def blocks(self, frames: int) -> int:
         """Tiles that a clip of so many frames is cut into."""
@@ -78,7 +82,7 @@ def tile(heads: int, frames: int, options: Options, *, largest: int, backward: b
 
     Example:
         >>> tile(4, 8, Options(), largest=32, backward=False)
-        Tile(rows=16, frames=8, owned=8, front=0, table_heads=0)
+        Tile(rows=16, frames=8, owned=8, front=0, table_heads=0, met_front=0, met_back=0)
     """
     table_heads = power_of_two(heads) if options.key_table else 0
     sequences = max(table_heads, 1)
@@ -87,6 +91,7 @@ def tile(heads: int, frames: int, options: Options, *, largest: int, backward: b
         rows = max(16, sequences * whole)
         return Tile(rows, whole, whole, 0, table_heads)
     back, ahead = _reach(options)
+    met_front, met_back = (ahead, back) if backward else (0, 0)
     if backward:
         back = ahead = back + ahead
     span = largest // sequences
@@ -97,4 +102,4 @@ def tile(heads: int, frames: int, options: Options, *, largest: int, backward: b
             f"{'backward' if backward else 'forward'} pass needs {back + ahead} of these beside "
             f"its own, with kernel_size {options.kernel_size} and dilation {options.dilation}"
         )
-    return Tile(largest, span, span - back - ahead, back, table_heads)
+    return Tile(largest, span, span - back - ahead, back, table_heads, met_front, met_back)

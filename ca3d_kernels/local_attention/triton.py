@@ -40,6 +40,14 @@ def key_counts(
     return counts.to(torch.int8).to(device)
 
 
+def _largest(parts: int, head_dim: int, options: Options, *, backward: bool) -> int:
+    """Rows of the largest tile: what fits into registers."""
+    if parts == 1:
+        # Products outside of the tensor cores need many.
+        return 16 if head_dim > 64 else 32
+    return 32 if head_dim > 64 or (options.key_table and backward) else 64
+
+
 def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launch:
     """The launch of a kernel on operands (outer, inner, heads, T, head_dim), by their names."""
     q = operands["q"]
@@ -51,9 +59,11 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     if options.key_table and options.kernel_size > 127:
         raise UnsupportedInputError(f"kernel_size {options.kernel_size} is above 127")
     parts = _PARTS[q.dtype] if triton_launch.has_tensor_cores(q.device) else 1
-    # What fits into registers: products outside of the tensor cores need many.
-    largest = 16 if parts == 1 and head_dim > 64 else 32
-    cut = tile(heads, frames, options, largest=largest, backward="do" in operands)
+    backward = "do" in operands
+    cut = tile(
+        heads, frames, options, largest=_largest(parts, head_dim, options, backward=backward),
+        backward=backward,
+    )  # fmt: skip
     blocks, groups = cut.blocks(frames), cut.groups(outer * inner, heads)
     if outer * inner * heads >= 2**31 - 64 or blocks * groups >= 2**31:
         raise UnsupportedInputError(f"{outer * inner * heads} sequences are too many")
@@ -79,15 +89,19 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     }
     constants = {
         "HEAD_DIM": head_dim,
-        "COLUMNS": max(16, power_of_two(head_dim)),
+        # Triton spreads fewer columns over the warps of a tile of 64 rows several times.
+        "COLUMNS": max(64 if cut.rows == 64 else 16, power_of_two(head_dim)),
         "ALIGNED": triton_launch.alignment(*operands.values()),
         "PARTS": parts,
         "ROWS": cut.rows,
+        "QUERIES": min(cut.rows, 32),
         "FRAMES": cut.frames,
         "OWNED": cut.owned,
         "FRONT": cut.front,
         "TABLE_HEADS": cut.table_heads,
     }
+    if backward:
+        constants |= {"MET_FRONT": cut.met_front, "MET_BACK": cut.met_back}
     arguments = {**operands, "key_counts": q if counts is None else counts, **strides, **numbers}
     function = getattr(triton_kernels, kernel)
     num_warps = cut.rows // 8 * (2 if head_dim > 64 else 1) * (2 if parts == 1 else 1)
@@ -95,7 +109,7 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     if table and q.is_meta:
         contents = {"key_counts": key_counts(tuple(table), heads, options.kernel_size, _CPU)}
     # Without a limit of its own the assembler stops at 128 registers on some GPUs, and spills.
-    limits = {"maxnreg": 255} if "do" in operands and num_warps <= 8 else None
+    limits = {"maxnreg": 255} if backward and num_warps <= 8 else None
     return Launch(
         function,
         blocks * groups,

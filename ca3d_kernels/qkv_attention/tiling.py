@@ -40,7 +40,7 @@ def tile_for(frames: int, options: Options, *, backward: bool) -> Tile:
 
     Example:
         >>> tile_for(8, Options(), backward=False)
-        Tile(rows=32, frames=8, owned=8, front=0, table_heads=0)
+        Tile(rows=32, frames=8, owned=8, front=0, table_heads=0, met_front=0, met_back=0)
     """
     rows = _BACKWARD_ROWS if backward else _FORWARD_ROWS
     cut = tile(1, frames, options, largest=rows, backward=backward)

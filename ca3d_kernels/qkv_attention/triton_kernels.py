@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ca3d_kernels.local_attention.triton_kernels import (
     _dot,
+    _halves,
     _logit_gradients,
     _multiplicity,
     _rows,
@@ -93,7 +94,7 @@ def qkv_attention_forward(
 ):  # fmt: skip
     """o = attention of (x W^T + b) for one head and every `programs per head`-th tile."""
     head = tl.program_id(0) % heads
-    row = tl.arange(0, ROWS)[:, None]
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
     i = tl.arange(0, HEAD_DIM)[None, :]
     w_q = _load_weight(weight, head, 0, HEAD_DIM)  # [HEAD_DIM, HEAD_DIM]
     w_k = _load_weight(weight, head, 1, HEAD_DIM)
@@ -102,7 +103,7 @@ def qkv_attention_forward(
     if WHOLE:
         # The same for all tiles: rows of positions that don't exist are not written.
         count = _multiplicity(
-            0, ROWS, 1, frames, 1, kernel_size, dilation, before, shift, weight,
+            row, column, 0, ROWS, 1, frames, 1, kernel_size, dilation, before, shift, weight,
             ROWS, FRAMES, OWNED, FRONT, 0,
         )  # [ROWS, ROWS]  # fmt: skip
     for tile in range(tl.program_id(0) // heads, tiles, tl.num_programs(0) // heads):
@@ -120,21 +121,14 @@ def qkv_attention_forward(
         q, k, v = _project(b_x, w_q, t_q), _project(b_x, w_k, t_k), _project(b_x, w_v, t_v)
         if not WHOLE:
             count = _multiplicity(
-                tile, positions, 1, frames, blocks, kernel_size, dilation, before, shift, weight,
-                ROWS, FRAMES, OWNED, FRONT, 0,
+                row, column, tile, positions, 1, frames, blocks, kernel_size, dilation, before,
+                shift, weight, ROWS, FRAMES, OWNED, FRONT, 0,
             )  # fmt: skip
         weights, _, total = _weights(_dot(q, tl.trans(k)), count, kernel_size, zeros, scale)
         b_o = _weighted_sum(weights, v, count > 0, PARTS) / total[:, None]
         kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
         at = _offsets(position, frame, head, inner, o_outer, o_frame, o_inner, HEAD_DIM, ALIGNED)
         tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _halves(x):
-    """The left and the right half of the columns of x (ROWS, N), transposed: (N / 2, ROWS)."""
-    apart = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(2, 0, 1)
-    return apart.split()
 
 
 @triton.jit
@@ -188,12 +182,12 @@ def qkv_attention_backward(
     """
     program = tl.program_id(0).to(tl.int64)
     head = tl.program_id(0) % heads
-    row = tl.arange(0, ROWS)[:, None]
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
     i = tl.arange(0, HEAD_DIM)[None, :]
     b_q, b_k, b_v = _load_bias(bias, bias_head, head, BIAS, HEAD_DIM)
     if WHOLE:
         count = _multiplicity(
-            0, ROWS, 1, frames, 1, kernel_size, dilation, before, shift, weight,
+            row, column, 0, ROWS, 1, frames, 1, kernel_size, dilation, before, shift, weight,
             ROWS, FRAMES, OWNED, FRONT, 0,
         )  # [ROWS, ROWS]  # fmt: skip
     dw_q0 = tl.zeros((HEAD_DIM // 2, HEAD_DIM), tl.float32)
@@ -215,8 +209,8 @@ def qkv_attention_backward(
         q, k, v = _project(b_x, w_q, b_q), _project(b_x, w_k, b_k), _project(b_x, w_v, b_v)
         if not WHOLE:
             count = _multiplicity(
-                tile, positions, 1, frames, blocks, kernel_size, dilation, before, shift, weight,
-                ROWS, FRAMES, OWNED, FRONT, 0,
+                row, column, tile, positions, 1, frames, blocks, kernel_size, dilation, before,
+                shift, weight, ROWS, FRAMES, OWNED, FRONT, 0,
             )  # fmt: skip
         meets = count > 0
         kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)

@@ -74,6 +74,8 @@ ATTENTION = {
     "one frame": {"frames": 1, "heads": 3},
     "16 frames, dilated, shifted": {"frames": 16, "dilation": 2, "edge": "shift"},
     "64 frames": {"frames": 64, "heads": 1},
+    "100 frames, causal": {"frames": 100, "heads": 1, "causal": True, "dilation": 2},
+    "60 frames, head_dim 20": {"frames": 60, "heads": 1, "head_dim": 20, "edge": "zero"},
     "bfloat16": {"dtype": "bfloat16"},
     "float32": {"dtype": "float32", "frames": 5},
     "head_dim 128": {"head_dim": 128, "causal": True},
@@ -222,9 +224,10 @@ def test_no_races() -> None:
     assert races(backward, "sm_90") == ""
 
 
-def test_traffic_of_attention() -> None:
+@pytest.mark.parametrize("frames", [8, 64])
+def test_traffic_of_attention(frames: int) -> None:
     """Each operand is read once, in full sectors, and each result written once."""
-    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 8}
+    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 8, "frames": frames}
     q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
     options = problems.options(values)
     size = q.numel() * q.element_size()
