@@ -59,8 +59,12 @@ _MEANINGS = {
     "dv": "gradient of v, written",
     "x": "pixels (B, T, N, C)",
     "dx": "gradient of x, written",
+    "dqkv": "gradients of q, k and v of each head, (B, T, N, 3 * C)",
     "weight": "rows of q, k and v of each head",
-    "bias": "of q, k and v of each head; not read if there is none",
+    "bias": "of q, k and v of each head (of every frame if bias_frame isn't 0); not read if none",
+    "bias_head": "stride of bias in its dimension heads, in elements",
+    "bias_frame": "stride of bias in its dimension frames, in elements; 0 if all frames are alike",
+    "pixels": "B * T * N",
     "partial_weight": "each program's share of the weight's gradient, written; sum over the first",
     "partial_bias": "each program's share of the bias' gradient, written; sum over the first",
     "key_counts": "how often (head, source head, slot) occurs in the key table; not read without",
@@ -85,10 +89,10 @@ _MEANINGS = {
 
 
 def _meaning(name: str) -> str:
+    if name in _MEANINGS:
+        return _MEANINGS[name]
     operand, _, dim = name.rpartition("_")
-    if operand in _MEANINGS and dim in ("outer", "inner", "head", "frame"):
-        return f"stride of {operand} in its dimension {dim}, in elements"
-    return _MEANINGS[name]
+    return f"stride of {operand} in its dimension {dim}, in elements"
 
 
 def describe(launch: Launch, types: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ _VIDEO: dict[str, Any] = {
 # 7.1 million parameters in 137 tensors, 103 of them small.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "local_attention": _VIDEO,
-    "qkv_attention": {key: value for key, value in _VIDEO.items() if key != "published"},
+    "qkv_attention": {**_VIDEO, "bias": "head"},
     "preparam_step": {
         "small_tensors": 103,
         "small_size": 256,
@@ -80,6 +80,7 @@ _ORDINARY: dict[str, dict[str, dict[str, Any]]] = {
         "stage 1, published": {"edge": "zero", "published": True},
         "16 frames": {"frames": 16},
         "64 frames": {"frames": 64},
+        "128 frames": {"frames": 128},
         "stage 1, bfloat16": {"dtype": "bfloat16"},
         "stage 1, float32": {"dtype": "float32"},
         "head_dim 128": {"head_dim": 128},
@@ -88,8 +89,14 @@ _ORDINARY: dict[str, dict[str, dict[str, Any]]] = {
     "qkv_attention": {
         "stage 1": {},
         "stage 2": _STAGE_2,
+        "stage 1, published": {"edge": "zero", "published": True},
+        "stage 2, published": {**_STAGE_2, "edge": "zero", "published": True},
+        "stage 1, one table": {"bias": "frame"},
+        "stage 1, published, one table": {"edge": "zero", "published": True, "bias": "frame"},
         "16 frames": {"frames": 16},
+        "64 frames": {"frames": 64},
         "stage 1, bfloat16": {"dtype": "bfloat16"},
+        "stage 1, published, bfloat16": {"edge": "zero", "published": True, "dtype": "bfloat16"},
     },
     "preparam_step": {
         "small model": {},
@@ -136,6 +143,7 @@ def cases(changes: Mapping[str, str] | None = None) -> list[Case]:
 def _parsed(key: str, text: str, default: Any) -> Any:
     allowed = {
         "edge": ("truncate", "zero", "shift"),
+        "bias": ("none", "head", "frame"),
         "dtype": tuple(DTYPES),
         "pre_param_dtype": tuple(DTYPES),
     }
@@ -229,12 +237,15 @@ def _qkv(values: Mapping[str, Any], device: torch.device) -> list[Launch]:
     like: dict[str, Any] = {"dtype": DTYPES[values["dtype"]], "device": device}
     x, o = (torch.empty(shape, **like) for _ in range(2))
     weight = torch.empty(heads, 3 * head_dim, head_dim, **like)
-    bias = torch.empty(heads, 3 * head_dim, **like)
+    per_frame = (values["frames"],) if values["bias"] == "frame" else ()
+    bias = torch.empty(heads, *per_frame, 3 * head_dim, **like)
+    shift = None if values["bias"] == "none" else bias
     window = options(values)
-    return [
-        qkv.forward_launch(x, weight, bias, o, window),
-        qkv.backward_launch(o, x, weight, bias, torch.empty_like(x), window)[0],
-    ]
+    launches = [qkv.forward_launch(x, weight, shift, o, window)]
+    if values["bias"] != "frame":  # which is for inference
+        dx = torch.empty_like(x)
+        launches += qkv.backward_launches(o, x, weight, shift, dx, window).launches
+    return launches
 
 
 def step_batch(values: Mapping[str, Any], device: torch.device) -> Batch:

@@ -1,5 +1,6 @@
 """Local temporal attention as a layer for video features."""
 
+import copy
 import math
 
 import torch
@@ -45,7 +46,8 @@ class LocalTemporalAttention(nn.Module):
     Attributes:
         qkv_weight: (heads, 3 * head_dim, head_dim): the rows of ``qkv_weight[h]`` make q, k and v
             of head h. With dense_qkv (3 * C, C): rows of all queries, keys, then values.
-        qkv_bias: (heads, 3 * head_dim), (3 * C,) with dense_qkv, or None.
+        qkv_bias: (heads, 3 * head_dim), (3 * C,) with dense_qkv, or None. `fold` with a position
+            table makes it one for every frame: (heads, T, 3 * head_dim), (T, 3 * C) with dense_qkv.
         out_proj: `torch.nn.Linear` or None.
 
     Shape:
@@ -148,29 +150,98 @@ class LocalTemporalAttention(nn.Module):
                 if self.out_proj.bias is not None:
                     self.out_proj.bias.zero_()
 
+    @torch.no_grad()
+    def fold(
+        self, scale: Tensor, shift: Tensor, position: Tensor | None = None
+    ) -> "LocalTemporalAttention":
+        """A copy for inference that contains what comes before the layer.
+
+        ``fold(scale, shift, position)(x)`` is ``self(scale * (x + position) + shift)``: batch
+        normalisation with fixed statistics, after a position table, costs nothing more than a bias.
+
+        Args:
+            scale: factor of each channel, (C,); of a batch normalisation
+                ``weight / sqrt(running_var + eps)``.
+            shift: summand of each channel, (C,); ``bias - running_mean * scale``.
+            position: (C, T), added to every clip, which must then have T frames; or None.
+
+        Returns:
+            A layer with a bias whose parameters need no gradient. Its weights and biases are
+            computed in float64 and rounded once.
+
+        Raises:
+            TypeError: not a tensor.
+            ValueError: a wrong shape.
+
+        Example:
+            >>> layer, x = LocalTemporalAttention(8, 2), torch.randn(1, 8, 4, 3, 3)
+            >>> scale, shift, position = torch.randn(8), torch.randn(8), torch.randn(8, 4)
+            >>> y = x + position[:, :, None, None]
+            >>> y = layer(y * scale[:, None, None, None] + shift[:, None, None, None])
+            >>> torch.allclose(layer.fold(scale, shift, position)(x), y, atol=1e-5)
+            True
+        """
+        for name, x, dims in (("scale", scale, 1), ("shift", shift, 1), ("position", position, 2)):
+            if x is None and name == "position":
+                continue
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+            if x.dim() != dims or x.shape[0] != self.channels:
+                shape = f"({self.channels}, T)" if dims == 2 else f"({self.channels},)"
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+        weight, bias = self.qkv_weight, self.qkv_bias
+        if bias is not None and bias.dim() == weight.dim():
+            raise ValueError("this layer has a position table already: fold the layer it came from")
+        factor, summand = scale.to(weight).double(), shift.to(weight).double()[:, None]
+        if position is not None:
+            summand = summand + factor[:, None] * position.to(weight).double()
+        if not self.dense_qkv:
+            factor = factor.view(self.heads, 1, self.head_dim)
+            summand = summand.view(self.heads, self.head_dim, -1)
+        # (..., 3 * head_dim, T), or (3 * C, T), with T = 1 if all frames are alike.
+        table = weight.double() @ summand
+        if bias is not None:
+            table += bias.double().unsqueeze(-1)
+        table = table.squeeze(-1) if position is None else table.transpose(-1, -2).contiguous()
+        # The parameters of this layer are not copied, only replaced.
+        memo: dict[int, object] = {id(weight): nn.Parameter((weight.double() * factor).to(weight))}
+        if bias is not None:
+            memo[id(bias)] = bias
+        folded = copy.deepcopy(self, memo)
+        folded.qkv_bias = nn.Parameter(table.to(weight))
+        return folded.requires_grad_(False)
+
     def _project(self, x: Tensor) -> Tensor:
         """QKV of pixels (B, T, N, C), as a view (B, N, heads, 3, T, head_dim)."""
         weight, bias = self.qkv_weight, self.qkv_bias
+        table = None
+        if bias is not None and bias.dim() == weight.dim():
+            table, bias = bias if self.dense_qkv else bias.transpose(0, 1).flatten(1), None
+        y = self._map(x, weight, bias)
+        if table is not None:
+            y = y + table.unsqueeze(1).to(y.dtype)
         if self.dense_qkv:
-            y = half_storage(F.linear)(x, weight, bias)
             return y.unflatten(-1, (3, self.heads, self.head_dim)).permute(0, 2, 4, 3, 1, 5)
-        if _convolution_is_fast(x):
-            # The map per head is a grouped 1x1 convolution, which reads and writes this layout.
-            kernel = weight.flatten(0, 1)[:, :, None, None]
-            shift = None if bias is None else bias.flatten()
-            pixels = x.permute(0, 3, 1, 2)
-            y = half_storage(F.conv2d)(pixels, kernel, shift, groups=self.heads)
-            y = y.permute(0, 2, 3, 1)
-        else:
-            y = _per_head_linear(x, weight, bias)
         return y.unflatten(-1, (self.heads, 3, self.head_dim)).permute(0, 2, 3, 4, 1, 5)
+
+    def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The linear maps of pixels (B, T, N, C) to (B, T, N, 3 * C)."""
+        if self.dense_qkv:
+            return half_storage(F.linear)(x, weight, bias)
+        if not _convolution_is_fast(x):
+            return _per_head_linear(x, weight, bias)
+        # The map per head is a grouped 1x1 convolution, which reads and writes this layout.
+        kernel = weight.flatten(0, 1)[:, :, None, None]
+        shift = None if bias is None else bias.flatten()
+        y = half_storage(F.conv2d)(x.permute(0, 3, 1, 2), kernel, shift, groups=self.heads)
+        return y.permute(0, 2, 3, 1)
 
     def _attend(self, x: Tensor) -> Tensor:
         """Projection and attention of pixels (B, T, N, C), fused where a kernel can."""
         options = with_context(self._options)
         if not self.dense_qkv and (x.is_cuda or triton_launch.interpreted()):
             operands = _autocast(x, self.qkv_weight, self.qkv_bias)
-            if qkv_attention.is_fused(operands[0], operands[1], options):
+            if qkv_attention.is_fused(*operands, options):
                 return qkv_attention.qkv_attention(*operands, options)
         x = op.attention_packed(self._project(x), *options)
         return x.permute(0, 3, 1, 2, 4).flatten(-2)
@@ -195,7 +266,12 @@ class LocalTemporalAttention(nn.Module):
             raise ValueError(f"x must be (B, {self.channels}, T, H, W), got {tuple(x.shape)}")
         if 0 in x.shape[1:]:
             raise ValueError(f"x must not be empty in C, T, H and W, got {tuple(x.shape)}")
-        weight = self.qkv_weight
+        weight, bias = self.qkv_weight, self.qkv_bias
+        if bias is not None and bias.dim() == weight.dim() and x.shape[2] != bias.shape[-2]:
+            raise ValueError(
+                f"x must have the {bias.shape[-2]} frames of the position table that was folded "
+                f"into the layer, got {x.shape[2]}"
+            )
         if x.device != weight.device:
             raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
         if not x.is_floating_point() or (

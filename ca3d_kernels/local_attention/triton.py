@@ -1,7 +1,6 @@
 """Launches the Triton kernels of local temporal attention."""
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.local_attention import triton_kernels
 from ca3d_kernels.local_attention.op import Options
+from ca3d_kernels.local_attention.tiling import before, power_of_two, tile
 from ca3d_kernels.triton_launch import Launch
 
 _CPU = torch.device("cpu")
@@ -17,111 +17,35 @@ _CPU = torch.device("cpu")
 _PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-class Tile(NamedTuple):
-    """How a launch cuts the problem; see the module `triton_kernels`.
-
-    Attributes:
-        rows: of a tile.
-        frames: of each sequence in a tile, the halo included.
-        owned: frames of each sequence that a tile writes.
-        front: frames of the halo before them.
-        table_heads: sequences of a position, with a key table, else 0.
-    """
-
-    rows: int
-    frames: int
-    owned: int
-    front: int
-    table_heads: int
-
-    def blocks(self, frames: int) -> int:
-        """Tiles that a clip of so many frames is cut into."""
-        return -(-frames // self.owned)
-
-    def groups(self, positions: int, heads: int) -> int:
-        """Tiles next to each other, for all positions and heads."""
-        places = self.rows // self.frames
-        if self.table_heads:
-            return -(-positions // (places // self.table_heads))
-        return -(-positions * heads // places)
-
-
-def power_of_two(least: int) -> int:
-    """The smallest power of two that isn't below a positive number.
-
-    Example:
-        >>> power_of_two(5), power_of_two(8)
-        (8, 8)
-    """
-    return 1 << (least - 1).bit_length()
-
-
-def _reach(options: Options) -> tuple[int, int]:
-    """How many frames before and after a frame its window can reach."""
-    window = (options.kernel_size - 1) * options.dilation
-    if options.edge == "shift" and not options.causal:
-        return window, window
-    return before(options) * options.dilation, window - before(options) * options.dilation
-
-
-def before(options: Options) -> int:
-    """How many slots of a window lie before its query's frame.
-
-    Example:
-        >>> before(Options(kernel_size=5)), before(Options(kernel_size=5, causal=True))
-        (2, 4)
-    """
-    return options.kernel_size - 1 if options.causal else options.kernel_size // 2
-
-
-def tile(heads: int, frames: int, options: Options, *, largest: int, backward: bool) -> Tile:
-    """Cuts a problem into tiles.
-
-    Args:
-        heads, frames: of the operands.
-        options: of the op.
-        largest: rows of the largest tile; a power of two.
-        backward: whether every key of a tile's own needs all queries that it meets, and these
-            queries all of their keys.
-
-    Raises:
-        UnsupportedInputError: a block of a long clip has no room beside its halo.
-
-    Example:
-        >>> tile(4, 8, Options(), largest=32, backward=False)
-        Tile(rows=16, frames=8, owned=8, front=0, table_heads=0)
-    """
-    table_heads = power_of_two(heads) if options.key_table else 0
-    sequences = max(table_heads, 1)
-    whole = power_of_two(frames)
-    if sequences * whole <= largest:
-        rows = max(16, sequences * whole)
-        return Tile(rows, whole, whole, 0, table_heads)
-    back, ahead = _reach(options)
-    if backward:
-        back = ahead = back + ahead
-    span = largest // sequences
-    if span <= back + ahead:
-        per_head = f" for each of {heads} heads of a key table" if options.key_table else ""
-        raise UnsupportedInputError(
-            f"{frames} frames are more than the {span} that a tile holds{per_head}, and the "
-            f"{'backward' if backward else 'forward'} pass needs {back + ahead} of these beside "
-            f"its own, with kernel_size {options.kernel_size} and dilation {options.dilation}"
-        )
-    return Tile(largest, span, span - back - ahead, back, table_heads)
-
-
 @functools.lru_cache(maxsize=64)
-def _key_counts(
+def key_counts(
     table: tuple[int, ...], heads: int, kernel_size: int, device: torch.device
 ) -> Tensor:
-    """How often (head, source head, window slot) occurs in a key table, int8."""
+    """How often (head, source head, window slot) occurs in a key table, int8.
+
+    Args:
+        table: ``heads * kernel_size * 2`` integers.
+        heads, kernel_size: of the attention.
+        device: of the result.
+
+    Example:
+        >>> key_counts((0, 1, 0, 0, 0, 1), 1, 3, torch.device("cpu")).tolist()
+        [[[1, 2, 0]]]
+    """
     counts = torch.zeros(heads, heads, kernel_size, dtype=torch.int32)
     pairs = torch.tensor(table, dtype=torch.int64).view(heads, kernel_size, 2)
     head = torch.arange(heads).unsqueeze(1).expand(heads, kernel_size)
     one = torch.ones((), dtype=torch.int32)
     counts.index_put_((head, pairs[..., 0], pairs[..., 1]), one, accumulate=True)
     return counts.to(torch.int8).to(device)
+
+
+def _largest(parts: int, head_dim: int, options: Options, *, backward: bool) -> int:
+    """Rows of the largest tile: what fits into registers."""
+    if parts == 1:
+        # Products outside of the tensor cores need many.
+        return 16 if head_dim > 64 else 32
+    return 32 if head_dim > 64 or (options.key_table and backward) else 64
 
 
 def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launch:
@@ -135,14 +59,16 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     if options.key_table and options.kernel_size > 127:
         raise UnsupportedInputError(f"kernel_size {options.kernel_size} is above 127")
     parts = _PARTS[q.dtype] if triton_launch.has_tensor_cores(q.device) else 1
-    # What fits into registers: products outside of the tensor cores need many.
-    largest = 16 if parts == 1 and head_dim > 64 else 32
-    cut = tile(heads, frames, options, largest=largest, backward="do" in operands)
+    backward = "do" in operands
+    cut = tile(
+        heads, frames, options, largest=_largest(parts, head_dim, options, backward=backward),
+        backward=backward,
+    )  # fmt: skip
     blocks, groups = cut.blocks(frames), cut.groups(outer * inner, heads)
     if outer * inner * heads >= 2**31 - 64 or blocks * groups >= 2**31:
         raise UnsupportedInputError(f"{outer * inner * heads} sequences are too many")
     table = options.key_table
-    counts = _key_counts(tuple(table), heads, options.kernel_size, q.device) if table else None
+    counts = key_counts(tuple(table), heads, options.kernel_size, q.device) if table else None
     strides = {
         f"{name}_{dim}": stride
         for name, x in operands.items()
@@ -163,23 +89,27 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     }
     constants = {
         "HEAD_DIM": head_dim,
-        "COLUMNS": max(16, power_of_two(head_dim)),
+        # Triton spreads fewer columns over the warps of a tile of 64 rows several times.
+        "COLUMNS": max(64 if cut.rows == 64 else 16, power_of_two(head_dim)),
         "ALIGNED": triton_launch.alignment(*operands.values()),
         "PARTS": parts,
         "ROWS": cut.rows,
+        "QUERIES": min(cut.rows, 32),
         "FRAMES": cut.frames,
         "OWNED": cut.owned,
         "FRONT": cut.front,
         "TABLE_HEADS": cut.table_heads,
     }
+    if backward:
+        constants |= {"MET_FRONT": cut.met_front, "MET_BACK": cut.met_back}
     arguments = {**operands, "key_counts": q if counts is None else counts, **strides, **numbers}
     function = getattr(triton_kernels, kernel)
     num_warps = cut.rows // 8 * (2 if head_dim > 64 else 1) * (2 if parts == 1 else 1)
     contents = None
     if table and q.is_meta:
-        contents = {"key_counts": _key_counts(tuple(table), heads, options.kernel_size, _CPU)}
+        contents = {"key_counts": key_counts(tuple(table), heads, options.kernel_size, _CPU)}
     # Without a limit of its own the assembler stops at 128 registers on some GPUs, and spills.
-    limits = {"maxnreg": 255} if "do" in operands and num_warps <= 8 else None
+    limits = {"maxnreg": 255} if backward and num_warps <= 8 else None
     return Launch(
         function,
         blocks * groups,

@@ -8,8 +8,9 @@ all of them run-time data, and is 0 between sequences. The products with it cost
 cores do them, and the kernel waits for memory.
 
 Sums over keys must keep the float32 precision of their weights, but tensor cores take half
-precision: `_weighted_sum` splits the weights into parts. The matrices have a leading dimension of
-1: Triton then multiplies them with ``mma.sync`` on every GPU.
+precision: `_weighted_sum` splits the weights into parts. A tile of 64 rows takes its queries, and
+the sums for its keys, in two parts: no product has 64 rows, and Triton multiplies with ``mma.sync``
+on every GPU.
 
 A clip that is longer than the tile is cut into blocks: rows before and after a block's own are
 its halo, read to be met but not written.
@@ -34,7 +35,7 @@ RUN_TIME += [
 
 @triton.jit
 def _dot(a, b):
-    """a @ b in float32: (M, K) and (K, N)."""
+    """a @ b in float32: (M, K) and (K, N), or as many of them as the first dimension says."""
     return tl.dot(a, b, input_precision="ieee")
 
 
@@ -51,7 +52,7 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
     if PARTS == 1:
         total = _dot(weights, clean)
     else:
-        unit = tl.maximum(tl.max(tl.abs(weights), 1), 1e-30)[:, None]
+        unit = tl.maximum(tl.max(tl.abs(weights), -1), 1e-30).expand_dims(-1)
         rest = weights / unit  # [M, K]
         part = rest.to(x.dtype)
         total = _dot(part, clean)  # [M, N]
@@ -60,7 +61,7 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
             part = rest.to(x.dtype)
             total += _dot(part, clean)
         total *= unit
-    if tl.min(tl.min(finite.to(tl.float32), 1), 0) == 0:
+    if tl.min(finite.to(tl.float32)) == 0:
         # NaN counts as both infinities, whose sum is NaN.
         nan = magnitude(x) > infinity(x.dtype)
         negative = is_negative(x)
@@ -72,17 +73,16 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
 
 @triton.jit
 def _rows(
-    row, sequences, heads, frames, blocks,
+    row, tile, sequences, heads, frames, blocks,
     ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
     TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Position, head and frame of rows of this program's tile, and whether they exist.
+    """Position, head and frame of rows of a tile, and whether they exist.
 
     Row i is frame ``i % FRAMES``, counted from the halo, of the tile's sequence ``i // FRAMES``.
     With a key table all heads of a position are in one tile, TABLE_HEADS sequences for each.
     """
-    program = tl.program_id(0)
-    group, block = program // blocks, program % blocks
+    group, block = tile // blocks, tile % blocks
     place = row // FRAMES
     frame = block * OWNED - FRONT + row % FRAMES
     exists = (frame >= 0) & (frame < frames)
@@ -100,18 +100,17 @@ def _rows(
 
 @triton.jit
 def _multiplicity(
-    sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
+    row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before, shift,
+    key_counts,
     ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
     TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, ROWS): in how many slots the query of a row meets the key of a column."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, ROWS)[None, :]
+    """(rows, columns): in how many slots the query of a row meets the key of a column."""
     position, head, t, queries = _rows(
-        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     key_position, key_head, s, keys = _rows(
-        column, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        column, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     exists = queries & keys & (position == key_position)  # [ROWS, ROWS]
     if TABLE_HEADS > 0:
@@ -130,6 +129,29 @@ def _multiplicity(
 
 
 @triton.jit
+def _halves(x):
+    """The left and the right half of the columns of x (ROWS, N), transposed: (N / 2, ROWS)."""
+    apart = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(2, 0, 1)
+    return apart.split()
+
+
+@triton.jit
+def _gather(upper, lower, weights, x, count, PARTS: tl.constexpr):
+    """Adds weights^T @ x to the sums of the upper and of the lower half of the keys.
+
+    A tile of 32 rows has no lower half.
+    """
+    if weights.shape[1] == upper.shape[0]:
+        upper += _weighted_sum(tl.trans(weights), x, tl.trans(count > 0), PARTS)
+    else:
+        left, right = _halves(weights)
+        left_count, right_count = _halves(count)
+        upper += _weighted_sum(left, x, left_count > 0, PARTS)
+        lower += _weighted_sum(right, x, right_count > 0, PARTS)
+    return upper, lower
+
+
+@triton.jit
 def _offsets(position, head, frame, inner, outer_stride, inner_stride, head_stride, frame_stride,
              ALIGNED: tl.constexpr):  # fmt: skip
     """Where rows of an operand start, in elements; strides are multiples of ALIGNED."""
@@ -139,32 +161,32 @@ def _offsets(position, head, frame, inner, outer_stride, inner_stride, head_stri
 
 
 @triton.jit
-def _weights(q, k, count, kernel_size, zeros, scale):
+def _weights(products, count, kernel_size, zeros, scale):
     """exp(logit - largest) times count, (ROWS, ROWS); the same of the slots that have
-    no key, (ROWS,); and the sum of both, (ROWS,)."""
-    logits = tl.where(count > 0, scale * _dot(q, tl.trans(k)), float("-inf"))
+    no key, (ROWS,); and the sum of both, (ROWS,). Products are those of queries with keys."""
+    logits = tl.where(count > 0, scale * products, float("-inf"))
     # Slots without a key take part with logit 0 if zeros is 1, and don't if it is 0.
-    absent = zeros * (kernel_size - tl.sum(count, 1))
-    largest = tl.max(logits, 1)
+    absent = zeros * (kernel_size - tl.sum(count, -1))
+    largest = tl.max(logits, -1)
     largest = tl.where((absent > 0) & (largest < 0), 0.0, largest)
     # A row that doesn't exist has no key.
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    weights = count * tl.exp(logits - largest[:, None])
+    weights = count * tl.exp(logits - largest.expand_dims(-1))
     absent *= tl.exp(-largest)
-    total = tl.sum(weights, 1) + absent
+    total = tl.sum(weights, -1) + absent
     return weights, absent, tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
 def _logit_gradients(weights, absent, total, dp, meets, scale):
     """p, and the gradients of the logits times scale, from those of p; all (ROWS, ROWS)."""
-    p = weights / total[:, None]
+    p = weights / total.expand_dims(-1)
     # The mean is subtracted twice: where one key takes nearly all the weight, its difference from
     # the mean is smaller than the mean's rounding error. Slots without a key have dp = 0.
-    mean = tl.sum(weights * dp, 1) / total
-    dp -= mean[:, None]
-    mean = (tl.sum(weights * dp, 1) - absent * mean) / total
-    return p, tl.where(meets, scale * p * (dp - mean[:, None]), 0.0)
+    mean = tl.sum(weights * dp, -1) / total
+    dp -= mean.expand_dims(-1)
+    mean = (tl.sum(weights * dp, -1) - absent * mean) / total
+    return p, tl.where(meets, scale * p * (dp - mean.expand_dims(-1)), 0.0)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -178,33 +200,44 @@ def attention_forward(
     kernel_size: tl.int32, dilation: tl.int32, before: tl.int32, shift: tl.int32,
     zeros: tl.float32, scale: tl.float32,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
-    TABLE_HEADS: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr,
+    FRONT: tl.constexpr, TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale q k^T) v over the window of each frame."""
-    row = tl.arange(0, ROWS)[:, None]
+    tile = tl.program_id(0)
+    row_k = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
-    position, head, frame, exists = _rows(
-        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+    position_k, head_k, frame_k, exists_k = _rows(
+        row_k, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
-    inside = exists & (i < HEAD_DIM)  # [ROWS, COLUMNS]
-    at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
-    b_q = tl.load(q + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
-    at = _offsets(position, head, frame, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
-    b_k = tl.load(k + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
-    at = _offsets(position, head, frame, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
-    b_v = tl.load(v + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    inside_k = exists_k & (i < HEAD_DIM)  # [ROWS, COLUMNS]
+    at_k = _offsets(position_k, head_k, frame_k, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
+    b_k = tl.load(k + at_k + i, mask=inside_k, other=0)  # [ROWS, COLUMNS]
+    at_v = _offsets(position_k, head_k, frame_k, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
+    b_v = tl.load(v + at_v + i, mask=inside_k, other=0)  # [ROWS, COLUMNS]
     if PARTS == 1:
-        b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
-    count = _multiplicity(
-        sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
-        ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
-    )  # [ROWS, ROWS]  # fmt: skip
-    weights, _, total = _weights(b_q, b_k, count, kernel_size, zeros, scale)
-    b_o = _weighted_sum(weights, b_v, count > 0, PARTS) / total[:, None]  # [ROWS, COLUMNS]
-    kept = inside & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
-    at = _offsets(position, head, frame, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
-    tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
+        b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+    column = tl.arange(0, ROWS)[None, :]
+    for first in tl.range(0, ROWS, QUERIES, num_stages=1):
+        row = first + tl.arange(0, QUERIES)[:, None]
+        position, head, frame, exists = _rows(
+            row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        )
+        kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
+        kept &= i < HEAD_DIM  # [QUERIES, COLUMNS]
+        at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
+        b_q = tl.load(q + at + i, mask=kept, other=0)  # [QUERIES, COLUMNS]
+        if PARTS == 1:
+            b_q = b_q.to(tl.float32)
+        count = _multiplicity(
+            row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before,
+            shift, key_counts, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
+        )  # [QUERIES, ROWS]  # fmt: skip
+        products = _dot(b_q, tl.trans(b_k))
+        weights, _, total = _weights(products, count, kernel_size, zeros, scale)
+        b_o = _weighted_sum(weights, b_v, count > 0, PARTS) / total[:, None]
+        at = _offsets(position, head, frame, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
+        tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -221,46 +254,69 @@ def attention_backward(
     kernel_size: tl.int32, dilation: tl.int32, before: tl.int32, shift: tl.int32,
     zeros: tl.float32, scale: tl.float32,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
-    TABLE_HEADS: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr,
+    FRONT: tl.constexpr, TABLE_HEADS: tl.constexpr, MET_FRONT: tl.constexpr,
+    MET_BACK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `attention_forward`; the probabilities are computed again.
 
     Every row gathers its own dq, dk and dv from the tile: no atomics, the same bits every time.
     The halo holds the queries that meet an own key, and all keys that these queries meet.
     """
-    row = tl.arange(0, ROWS)[:, None]
+    tile = tl.program_id(0)
+    row_k = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
-    position, head, frame, exists = _rows(
-        row, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+    position_k, head_k, frame_k, exists_k = _rows(
+        row_k, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
-    inside = exists & (i < HEAD_DIM)  # [ROWS, COLUMNS]
-    at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
-    b_q = tl.load(q + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
-    at = _offsets(position, head, frame, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
-    b_k = tl.load(k + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
-    at = _offsets(position, head, frame, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
-    b_v = tl.load(v + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
-    at = _offsets(position, head, frame, inner, do_outer, do_inner, do_head, do_frame, ALIGNED)
-    b_do = tl.load(do + at + i, mask=inside, other=0)  # [ROWS, COLUMNS]
+    inside_k = exists_k & (i < HEAD_DIM)  # [ROWS, COLUMNS]
+    at_k = _offsets(position_k, head_k, frame_k, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
+    b_k = tl.load(k + at_k + i, mask=inside_k, other=0)  # [ROWS, COLUMNS]
+    at_v = _offsets(position_k, head_k, frame_k, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
+    b_v = tl.load(v + at_v + i, mask=inside_k, other=0)  # [ROWS, COLUMNS]
     if PARTS == 1:
-        b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
-        b_do = b_do.to(tl.float32)
-    count = _multiplicity(
-        sequences, heads, frames, blocks, kernel_size, dilation, before, shift, key_counts,
-        ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
-    )  # [ROWS, ROWS]  # fmt: skip
-    meets = count > 0
-    weights, absent, total = _weights(b_q, b_k, count, kernel_size, zeros, scale)
-    dp = tl.where(meets, _dot(b_do, tl.trans(b_v)), 0.0)  # [ROWS, ROWS]
-    p, ds = _logit_gradients(weights, absent, total, dp, meets, scale)
-    kept = inside & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
-    b_dv = _weighted_sum(tl.trans(p), b_do, tl.trans(meets), PARTS)
-    at = _offsets(position, head, frame, inner, dv_outer, dv_inner, dv_head, dv_frame, ALIGNED)
-    tl.store(dv + at + i, b_dv.to(dv.dtype.element_ty), mask=kept)
-    b_dq = _weighted_sum(ds, b_k, meets, PARTS)
-    at = _offsets(position, head, frame, inner, dq_outer, dq_inner, dq_head, dq_frame, ALIGNED)
-    tl.store(dq + at + i, b_dq.to(dq.dtype.element_ty), mask=kept)
-    b_dk = _weighted_sum(tl.trans(ds), b_q, tl.trans(meets), PARTS)
-    at = _offsets(position, head, frame, inner, dk_outer, dk_inner, dk_head, dk_frame, ALIGNED)
-    tl.store(dk + at + i, b_dk.to(dk.dtype.element_ty), mask=kept)
+        b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+    column = tl.arange(0, ROWS)[None, :]
+    dk_0 = tl.zeros((QUERIES, COLUMNS), tl.float32)
+    dk_1, dv_0, dv_1 = dk_0, dk_0, dk_0
+    for first in tl.range(0, ROWS, QUERIES, num_stages=1):
+        row = first + tl.arange(0, QUERIES)[:, None]
+        position, head, frame, exists = _rows(
+            row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        )
+        exists &= i < HEAD_DIM  # [QUERIES, COLUMNS]
+        own = row % FRAMES - FRONT
+        met = exists & (own >= -MET_FRONT) & (own < OWNED + MET_BACK)
+        at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
+        b_q = tl.load(q + at + i, mask=met, other=0)  # [QUERIES, COLUMNS]
+        at = _offsets(position, head, frame, inner, do_outer, do_inner, do_head, do_frame, ALIGNED)
+        b_do = tl.load(do + at + i, mask=met, other=0)  # [QUERIES, COLUMNS]
+        if PARTS == 1:
+            b_q, b_do = b_q.to(tl.float32), b_do.to(tl.float32)
+        count = _multiplicity(
+            row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before,
+            shift, key_counts, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
+        )  # [QUERIES, ROWS]  # fmt: skip
+        meets = count > 0
+        products = _dot(b_q, tl.trans(b_k))
+        weights, absent, total = _weights(products, count, kernel_size, zeros, scale)
+        dp = tl.where(meets, _dot(b_do, tl.trans(b_v)), 0.0)  # [QUERIES, ROWS]
+        p, ds = _logit_gradients(weights, absent, total, dp, meets, scale)
+        dv_0, dv_1 = _gather(dv_0, dv_1, p, b_do, count, PARTS)
+        kept = exists & (own >= 0) & (own < OWNED)
+        b_dq = _weighted_sum(ds, b_k, meets, PARTS)
+        at = _offsets(position, head, frame, inner, dq_outer, dq_inner, dq_head, dq_frame, ALIGNED)
+        tl.store(dq + at + i, b_dq.to(dq.dtype.element_ty), mask=kept)
+        dk_0, dk_1 = _gather(dk_0, dk_1, ds, b_q, count, PARTS)
+    for half in tl.static_range(ROWS // QUERIES):
+        row = half * QUERIES + tl.arange(0, QUERIES)[:, None]
+        position, head, frame, exists = _rows(
+            row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        )
+        kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
+        kept &= i < HEAD_DIM
+        b_dv, b_dk = (dv_0, dk_0) if half == 0 else (dv_1, dk_1)
+        at = _offsets(position, head, frame, inner, dv_outer, dv_inner, dv_head, dv_frame, ALIGNED)
+        tl.store(dv + at + i, b_dv.to(dv.dtype.element_ty), mask=kept)
+        at = _offsets(position, head, frame, inner, dk_outer, dk_inner, dk_head, dk_frame, ALIGNED)
+        tl.store(dk + at + i, b_dk.to(dk.dtype.element_ty), mask=kept)

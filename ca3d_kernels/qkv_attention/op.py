@@ -15,33 +15,7 @@ from torch import Tensor
 from ca3d_kernels import backends, triton_launch
 from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.qkv_attention import reference
-
-
-def limit(x: Tensor, weight: Tensor, options: Options) -> str | None:
-    """Why the fused kernels can't take an input, or None when they can.
-
-    Args:
-        x: (B, T, N, C).
-        weight: (heads, 3 * head_dim, head_dim).
-        options: of the attention.
-
-    Example:
-        >>> x = torch.empty(1, 40, 9, 32, dtype=torch.float16)
-        >>> limit(x, torch.empty(2, 48, 16), Options())
-        '40 frames are more than 16'
-    """
-    head_dim, frames = weight.shape[-1], x.shape[1]
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {x.dtype} is not float16 or bfloat16"
-    if head_dim not in (16, 32, 64):
-        return f"head_dim {head_dim} is not 16, 32 or 64"
-    if frames > 16:
-        return f"{frames} frames are more than 16"
-    if options.key_table:
-        return "there is a key table"
-    if x.shape[0] * x.shape[2] >= 2**31 - 64:
-        return f"{x.shape[0] * x.shape[2]} positions are too many"
-    return None
+from ca3d_kernels.qkv_attention.tiling import limit
 
 
 class Kernels(Protocol):
@@ -92,7 +66,10 @@ class ReferenceKernels:
         dy = dqkv.permute(0, 4, 1, 2, 3, 5).flatten(-2)  # (B, T, N, heads, 3 * head_dim)
         dx.copy_(torch.einsum("btnho,hoi->btnhi", dy, weight).flatten(-2))
         pixels = x.unflatten(-1, (heads, head_dim))
-        return torch.einsum("btnho,btnhi->hoi", dy, pixels), dy.sum((0, 1, 2))
+        dweight = torch.einsum("btnho,btnhi->hoi", dy, pixels)
+        if bias is not None and bias.dim() == 3:
+            return dweight, dy.sum((0, 2)).transpose(0, 1)
+        return dweight, dy.sum((0, 1, 2))
 
 
 @functools.cache
@@ -109,6 +86,11 @@ backends.register(
     "qkv_attention",
     backends.Implementation("triton", _load_triton, triton_launch.unavailable),
 )
+
+
+def _bias_shape(weight: Tensor, bias: Tensor | None) -> torch.Size:
+    """Shape of the bias' gradient, which is there even if no bias is."""
+    return weight.shape[:-1] if bias is None else bias.shape
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -136,7 +118,7 @@ def _backward(
     window = Options(*options)
     dx = x.new_empty(x.shape)
     if not dx.numel():
-        return dx, torch.zeros_like(weight), weight.new_zeros(weight.shape[:-1])
+        return dx, torch.zeros_like(weight), weight.new_zeros(_bias_shape(weight, bias))
     grad, x, weight = _last_contiguous(grad), _last_contiguous(x), weight.contiguous()
     shift = None if bias is None else bias.contiguous()
     dweight, dbias = backends.run(
@@ -145,7 +127,7 @@ def _backward(
         window.backend,
         lambda kernels: kernels.backward(grad, x, weight, shift, dx, window),
     )
-    return dx, dweight.to(x.dtype), dbias.to(x.dtype)
+    return dx, dweight.to(x.dtype), dbias.to(x.dtype).contiguous()
 
 
 _TAIL = (
@@ -174,10 +156,10 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "ca3d::qkv_attention_backward",
-    lambda grad, x, weight, *rest: (
+    lambda grad, x, weight, bias, *rest: (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape[:-1]),
+        weight.new_empty(_bias_shape(weight, bias)),
     ),
     lib=_library,
 )
@@ -233,23 +215,28 @@ torch.library.register_autograd(
 )
 
 
-def is_fused(x: Tensor, weight: Tensor, options: Options) -> bool:
-    """Whether a fused kernel takes an input; the separate ops serve every other.
+def is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> bool:
+    """Whether fused kernels take an input, in the backward pass too where there will be one.
+
+    The separate ops serve every other input.
 
     Args:
-        x: (B, T, N, C).
-        weight: (heads, 3 * head_dim, head_dim).
+        x, weight, bias: the operands of `qkv_attention`.
         options: of the attention.
 
     Example:
-        >>> is_fused(torch.empty(1, 8, 9, 32), torch.empty(2, 48, 16), Options())
+        >>> is_fused(torch.empty(1, 8, 9, 32), torch.empty(2, 48, 16), None, Options())
         False
     """
     if x.device.type != "cuda" and not triton_launch.interpreted():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if options.backend not in ("", "triton") or limit(x, weight, options) is not None:
+    if options.backend not in ("", "triton") or limit(x, weight, bias, options, backward=False):
+        return False
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    if differentiated and limit(x, weight, bias, options, backward=True):
         return False
     if x.device.type == "cpu":
         return options.backend == "triton"
@@ -262,7 +249,8 @@ def qkv_attention(x: Tensor, weight: Tensor, bias: Tensor | None, options: Optio
     Args:
         x: (B, T, N, C), channels contiguous (others are copied).
         weight: (heads, 3 * head_dim, head_dim), of x's dtype; rows of q, k and v.
-        bias: (heads, 3 * head_dim) or None.
+        bias: (heads, 3 * head_dim), one for every frame, (heads, T, 3 * head_dim), or None. The
+            second is for inference: it has no backward kernel.
         options: of `ca3d_kernels.local_temporal_attention`, checked.
 
     Returns:

@@ -14,7 +14,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Args:
         x: (B, T, N, C).
         weight: (heads, 3 * head_dim, head_dim), rows of q, k and v; ``heads * head_dim`` is C.
-        bias: (heads, 3 * head_dim) or None.
+        bias: (heads, 3 * head_dim), one for every frame, (heads, T, 3 * head_dim), or None.
 
     Returns:
         (B, N, heads, 3, T, head_dim), a view of a (B, T, N, 3 * C) tensor.
@@ -26,7 +26,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     heads, _, head_dim = weight.shape
     y = torch.einsum("btnhi,hoi->btnho", x.unflatten(-1, (heads, head_dim)), weight)
     if bias is not None:
-        y = y + bias
+        y = y + (bias if bias.dim() == 2 else bias.transpose(0, 1).unsqueeze(1))
     return y.unflatten(-1, (3, head_dim)).permute(0, 2, 3, 4, 1, 5)
 
 

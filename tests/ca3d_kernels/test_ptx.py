@@ -20,6 +20,7 @@ from ca3d_kernels.preparam_step import triton as step
 from ca3d_kernels.preparam_step.op import ReferenceKernels
 from ca3d_kernels.qkv_attention import reference as qkv_reference
 from ca3d_kernels.qkv_attention import triton as qkv
+from ca3d_kernels.triton_launch import Launch
 
 pytestmark = [pytest.mark.slow, needs_ptx_runner]
 # For sm_120 LLVM emits additions of mixed precision, which the runner misreads; only the
@@ -32,6 +33,22 @@ def shared(x: Tensor) -> Tensor:
     storage = torch.UntypedStorage._new_shared(x.untyped_storage().nbytes())
     y = torch.empty(0, dtype=x.dtype).set_(storage, x.storage_offset(), x.shape, x.stride())
     return y.copy_(x)
+
+
+def share(launches: list[Launch]) -> None:
+    """Moves what launches work on to memory that a forked process shares; views stay views."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    for launch in launches:
+        for name, x in launch.arguments.items():
+            if not isinstance(x, Tensor) or x.is_shared():
+                continue
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in storages:
+                moved = torch.UntypedStorage._new_shared(storage.nbytes())
+                storages[storage.data_ptr()] = moved.copy_(storage)
+            moved = storages[storage.data_ptr()]
+            y = torch.empty(0, dtype=x.dtype)
+            launch.arguments[name] = y.set_(moved, x.storage_offset(), x.shape, x.stride())
 
 
 def assert_close(ours: Tensor, exact: Tensor, same_dtype: Tensor, name: str) -> None:
@@ -57,6 +74,8 @@ ATTENTION = {
     "one frame": {"frames": 1, "heads": 3},
     "16 frames, dilated, shifted": {"frames": 16, "dilation": 2, "edge": "shift"},
     "64 frames": {"frames": 64, "heads": 1},
+    "100 frames, causal": {"frames": 100, "heads": 1, "causal": True, "dilation": 2},
+    "60 frames, head_dim 20": {"frames": 60, "heads": 1, "head_dim": 20, "edge": "zero"},
     "bfloat16": {"dtype": "bfloat16"},
     "float32": {"dtype": "float32", "frames": 5},
     "head_dim 128": {"head_dim": 128, "causal": True},
@@ -102,37 +121,59 @@ def test_local_attention(name: str, arch: str) -> None:
             assert_rounded(what, x, y)
 
 
+PUBLISHED = {"edge": "zero", "published": True}
+QKV = {
+    "7 frames": {"frames": 7},
+    "bfloat16": {"frames": 7, "dtype": "bfloat16"},
+    "published": {**PUBLISHED, "heads": 4},
+    "published, 3 heads, 5 frames": {**PUBLISHED, "heads": 3, "frames": 5, "head_dim": 32},
+    "published, bfloat16": {**PUBLISHED, "heads": 4, "dtype": "bfloat16"},
+    "one table": {"bias": "frame"},
+    "published, one table": {**PUBLISHED, "heads": 8, "frames": 4, "bias": "frame"},
+    "40 frames": {"frames": 40, "head_dim": 32, "bias": "none"},
+}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "arch"), [("float16", arch) for arch in ARCHS] + [("bfloat16", "sm_90")]
+    ("name", "arch"), [*((name, "sm_90") for name in QKV), ("7 frames", "sm_80")]
 )
-def test_qkv_attention(arch: str, dtype: str) -> None:
-    values = {**problems.DEFAULTS["qkv_attention"], "heads": 2, "frames": 7}
-    kind, head_dim = problems.DTYPES[dtype], values["head_dim"]
-    x, grad = (shared(torch.randn(1, 7, 11, 2 * head_dim).to(kind)) for _ in range(2))
-    weight = shared((torch.randn(2, 3 * head_dim, head_dim) * head_dim**-0.5).to(kind))
-    bias = shared(torch.randn(2, 3 * head_dim).to(kind))
+def test_qkv_attention(name: str, arch: str) -> None:
+    values = {**problems.DEFAULTS["qkv_attention"], "heads": 2, **QKV[name]}
+    heads, head_dim = values["heads"], values["head_dim"]
+    kind, per_frame = problems.DTYPES[values["dtype"]], values["bias"] == "frame"
+    shape = (1, values["frames"], 11, heads * head_dim)
+    x, grad = (shared(torch.randn(shape).to(kind)) for _ in range(2))
+    weight = shared((torch.randn(heads, 3 * head_dim, head_dim) * head_dim**-0.5).to(kind))
+    table = (heads, values["frames"], 3 * head_dim) if per_frame else (heads, 3 * head_dim)
+    bias = None if values["bias"] == "none" else shared(torch.randn(table).to(kind))
     o, dx = (shared(torch.full_like(x, torch.nan)) for _ in range(2))
     options = problems.options(values)
-    forward = qkv.forward_launch(x, weight, bias, o, options)
-    backward, partial, partial_bias = qkv.backward_launch(grad, x, weight, bias, dx, options)
-    partial, partial_bias = shared(partial), shared(partial_bias)
-    backward.arguments.update(partial_weight=partial, partial_bias=partial_bias)
+    launches = [qkv.forward_launch(x, weight, bias, o, options)]
+    if not per_frame:
+        launches += qkv.backward_launches(grad, x, weight, bias, dx, options).launches
+    share(launches)
     results = []
     for order in ORDERS[:2]:
-        run(forward, arch, order)
-        run(backward, arch, order)
-        sums = (partial.sum(0).to(kind), partial_bias.sum(0).to(kind))
-        results.append([t.clone() for t in (o, dx, *sums)])
+        for launch in launches:
+            run(launch, arch, order)
+        shares = [launches[-1].arguments.get(f"partial_{name}") for name in ("weight", "bias")]
+        totals = [t.sum(0).to(kind) for t in shares if isinstance(t, Tensor)]
+        results.append([t.clone() for t in (o, dx, *totals)])
+    # Without a kernel of the backward pass, or without a bias, the rest is not written.
+    results = [result[: 1 if per_frame else 3 if bias is None else 4] for result in results]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
-    def define(*operands: Tensor) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in operands[:3]]
+    def define(*operands: Tensor | None) -> list[Tensor]:
+        *leaves, do = [None if t is None else t.clone().requires_grad_() for t in operands]
         output = qkv_reference.qkv_attention(*leaves, **options.definition())
-        return [output.detach(), *torch.autograd.grad(output, leaves, operands[3])]
+        given = [t for t in leaves if t is not None]
+        return [output.detach(), *torch.autograd.grad(output, given, do)]
 
-    exact = define(*(t.double() for t in (x, weight, bias, grad)))
-    same = define(x, weight, bias, grad)
-    for what, a, b, c in zip(("o", "dx", "dw", "db"), results[0], exact, same, strict=True):
+    operands = (x, weight, bias, grad)
+    exact = define(*(None if t is None else t.double() for t in operands))
+    same = define(*operands)
+    for what, a, b, c in zip(("o", "dx", "dw", "db"), results[0], exact, same, strict=False):
+        assert a.isfinite().all(), what
         assert_close(a, b, c, what)
 
 
@@ -183,9 +224,10 @@ def test_no_races() -> None:
     assert races(backward, "sm_90") == ""
 
 
-def test_traffic_of_attention() -> None:
+@pytest.mark.parametrize("frames", [8, 64])
+def test_traffic_of_attention(frames: int) -> None:
     """Each operand is read once, in full sectors, and each result written once."""
-    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 8}
+    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 8, "frames": frames}
     q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
     options = problems.options(values)
     size = q.numel() * q.element_size()

@@ -61,3 +61,7 @@ def test_preparam_step() -> None:
 
 def test_qkv_attention() -> None:
     assert run_interpreted(str(FOLDER / "qkv_attention" / "interpreted.py")) > 15
+
+
+def test_mistakes_are_noticed() -> None:
+    assert run_interpreted(str(FOLDER / "triton_mutants.py")) > 25

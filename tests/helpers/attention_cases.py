@@ -293,11 +293,15 @@ def check(problem: Problem, backend: str) -> None:
 
 
 def triton_takes(problem: Problem) -> bool:
-    """Whether the documented limits of the Triton kernels allow a problem."""
+    """Whether the documented limits of the Triton kernels allow a problem, forward and backward."""
     if problem.dtype == torch.float64 or problem.head_dim > 128:
         return False
-    rows = 16 if problem.dtype == torch.float32 and problem.head_dim > 64 else 32
-    if problem.table != "own":
+    narrow, table = problem.head_dim <= 64, problem.table != "own"
+    if problem.dtype == torch.float32:
+        rows = 32 if narrow else 16
+    else:
+        rows = 64 if narrow and not table else 32
+    if table:
         rows //= 1 << (problem.heads - 1).bit_length()
     window = (problem.kernel_size - 1) * problem.dilation
     halo = 4 * window if problem.edge == "shift" and not problem.causal else 2 * window

@@ -233,6 +233,48 @@ def test_float16_training_agrees_with_float32() -> None:
     assert (layer.qkv_weight.grad - wide.qkv_weight.grad).abs().max() < 5e-3 * scale
 
 
+@backend_parameter
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("frames", [None, 1, 6])
+def test_fold_contains_what_comes_before(
+    frames: int | None, dense: bool, bias: bool, backend: str
+) -> None:
+    layer = LocalTemporalAttention(
+        24, 3, 3, bias=bias, dense_qkv=dense, edge="zero", backend=backend, dtype=torch.float64
+    )
+    if layer.qkv_bias is not None:
+        nn.init.normal_(layer.qkv_bias)
+    norm = nn.BatchNorm3d(24, dtype=torch.float64).eval()
+    for x in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(x)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    clip = torch.randn(2, 24, frames or 6, 3, 2, dtype=torch.float64)
+    position = None if frames is None else torch.randn(24, frames, dtype=torch.float64)
+    before = copy.deepcopy(layer.state_dict())
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    folded = layer.fold(scale, norm.bias - norm.running_mean * scale, position)
+    expected = layer(norm(clip if position is None else clip + position[:, :, None, None]))
+    torch.testing.assert_close(folded(clip), expected, rtol=0, atol=1e-12)
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in layer.state_dict().items())
+
+
+def test_fold_refuses_bad_input() -> None:
+    layer, one = LocalTemporalAttention(8, 2), torch.ones(8)
+    with pytest.raises(TypeError, match="shift must be a tensor, got float"):
+        layer.fold(one, 0.0)
+    with pytest.raises(ValueError, match=r"scale must have shape \(8,\), got \(4,\)"):
+        layer.fold(one[:4], one)
+    with pytest.raises(ValueError, match=r"position must have shape \(8, T\), got \(4, 8\)"):
+        layer.fold(one, one, torch.ones(4, 8))
+    folded = layer.fold(one, one, torch.ones(8, 4))
+    with pytest.raises(ValueError, match="x must have the 4 frames of the position table"):
+        folded(torch.zeros(1, 8, 5, 2, 2))
+    with pytest.raises(ValueError, match="has a position table already"):
+        folded.fold(one, one)
+
+
 def test_repr_names_what_is_not_default() -> None:
     assert repr(LocalTemporalAttention(8, 2)).startswith(
         "LocalTemporalAttention(\n  8, heads=2, kernel_size=5"

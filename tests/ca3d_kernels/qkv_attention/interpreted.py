@@ -18,8 +18,13 @@ def test_against_float64(case: Case, dtype: torch.dtype) -> None:
         check(case, dtype, "triton")
 
 
-def test_the_layer_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = LocalTemporalAttention(64, 2, backend="triton", dtype=torch.float16)
+@pytest.mark.parametrize("kind", ["own", "published", "folded"])
+def test_the_layer_uses_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = "published" if kind == "published" else None
+    layer = LocalTemporalAttention(64, 2, preset=preset, backend="triton", dtype=torch.float16)
+    if kind == "folded":
+        scale, shift, position = torch.rand(64), torch.randn(64), torch.randn(64, 8)
+        layer = layer.fold(scale, shift, position)
     x = torch.randn(2, 64, 8, 3, 3, dtype=torch.float16)
     calls = []
     run = op.qkv_attention
@@ -47,8 +52,16 @@ def test_infinities_stay_in_their_position() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"frames": 17}, "17 frames are more than 16"),
+        ({"frames": 33, "kernel_size": 34}, "33 frames are more than the 32 that a tile holds"),
         ({"head_dim": 128}, "head_dim 128 is not 16, 32 or 64"),
+        (
+            {"frames": 9, "heads": 4, "edge": "zero", "table": "published"},
+            "4 heads of 9 frames, in powers of two, are more than the 32 rows",
+        ),
+        (
+            {"frames": 1, "heads": 9, "edge": "zero", "table": "published"},
+            "a key table of 9 heads of head_dim 64 needs too much shared memory",
+        ),
     ],
 )
 def test_refusals(changes: dict, reason: str) -> None:
@@ -61,3 +74,23 @@ def test_refusals(changes: dict, reason: str) -> None:
         op.qkv_attention(x, weight, bias, case.options("triton"))
     with pytest.warns(RuntimeWarning, match=reason):
         op.qkv_attention(x, weight, bias, case.options("triton"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bias": "frame"}, "there is no backward kernel for a bias of every frame"),
+        ({"frames": 17, "kernel_size": 9}, "17 frames are more than the 16 .* backward pass"),
+    ],
+)
+def test_refusals_of_the_backward_pass(changes: dict, reason: str) -> None:
+    case = Case(**changes)
+    *operands, grad = case.tensors(torch.float16)
+    leaves = [x.requires_grad_() for x in operands]
+    with use_backend("triton", fallback=False):
+        output = op.qkv_attention(*leaves, case.options("triton"))
+        with pytest.raises(UnsupportedInputError, match=reason):
+            torch.autograd.grad(output, leaves, grad)
+    assert not op.is_fused(*leaves, case.options("triton"))
+    with torch.no_grad():
+        assert op.is_fused(*leaves, case.options("triton"))

@@ -27,10 +27,11 @@ def test_reference_backend_against_float64(case: Case, dtype: torch.dtype) -> No
     check(case, dtype, "reference")
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(bias: bool) -> None:
+@pytest.mark.parametrize("bias", ["none", "head", "frame"])
+def test_opcheck(bias: str) -> None:
     x, weight, shift, grad = leaves(torch.float32)
-    tensors = (x, weight, shift if bias else None)
+    table = torch.randn(2, 4, 12).requires_grad_()
+    tensors = (x, weight, {"none": None, "head": shift, "frame": table}[bias])
     torch.library.opcheck(torch.ops.ca3d.qkv_attention, (*tensors, *Options()))
     torch.library.opcheck(torch.ops.ca3d.qkv_attention_backward, (grad, *tensors, *Options()))
 
@@ -77,7 +78,8 @@ def test_a_layer_on_the_cpu_takes_the_separate_ops(monkeypatch: pytest.MonkeyPat
         ({}, True),
         ({"dtype": torch.float32}, False),
         ({"edge": "zero", "dilation": 2}, True),
-        ({"preset": "published"}, False),
+        ({"preset": "published"}, True),
+        ({"preset": "published", "heads": 8}, False),
         ({"dense_qkv": True}, False),
         ({"backend": "reference"}, False),
         ({"heads": 1}, False),
@@ -101,8 +103,29 @@ def test_a_layer_on_a_gpu_takes_the_fused_op_when_it_can(
     assert len(calls) == fused
 
 
+def test_a_folded_layer_on_a_gpu_is_fused_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "_missing", lambda: None)
+    monkeypatch.setattr(triton_launch, "_no_gpu", lambda: None)
+    calls = []
+    run = op.qkv_attention
+    monkeypatch.setattr(op, "qkv_attention", lambda *a: (calls.append(a), run(*a))[1])
+    with FakeTensorMode():
+        layer = LocalTemporalAttention(128, 2, device="cuda", dtype=torch.float16)
+        one, position = torch.empty(128, device="cuda"), torch.empty(128, 8, device="cuda")
+        folded = layer.fold(one, one, position)
+        x = torch.empty(2, 128, 8, 7, 7, device="cuda", dtype=torch.float16)
+        assert folded(x).shape == x.shape
+        assert len(calls) == 1
+        # No backward kernel takes a bias of every frame.
+        folded(x.requires_grad_())
+        assert len(calls) == 1
+
+
 @pytest.mark.parametrize("how", ["compile", "export"])
-def test_a_layer_on_a_gpu_in_graphs(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", [None, "published"])
+def test_a_layer_on_a_gpu_in_graphs(
+    how: str, preset: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(triton_launch, "_missing", lambda: None)
     monkeypatch.setattr(triton_launch, "_no_gpu", lambda: None)
     graphs = []
@@ -113,7 +136,7 @@ def test_a_layer_on_a_gpu_in_graphs(how: str, monkeypatch: pytest.MonkeyPatch) -
 
     torch._dynamo.reset()
     with FakeTensorMode():
-        layer = LocalTemporalAttention(128, 2, device="cuda", dtype=torch.float16)
+        layer = LocalTemporalAttention(128, 2, preset=preset, device="cuda", dtype=torch.float16)
         x = torch.empty(2, 128, 8, 7, 7, device="cuda", dtype=torch.float16)
         if how == "compile":
             assert torch.compile(layer, fullgraph=True, backend=keep)(x).shape == x.shape

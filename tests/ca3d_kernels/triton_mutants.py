@@ -1,0 +1,171 @@
+"""Mistakes in the attention's Triton kernels that the parity checks must notice.
+
+Not collected by itself: `test_triton_interpreter.py` runs it in a process of its own, with Triton's
+interpreter. Each mistake is made in a copy of the kernels' file, which then takes their place.
+"""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import attention_cases
+import pytest
+import qkv_cases
+import torch
+from attention_cases import Problem
+from qkv_cases import Case
+from triton.runtime.errors import InterpreterError
+
+from ca3d_kernels import use_backend
+from ca3d_kernels.local_attention import triton as attention
+from ca3d_kernels.qkv_attention import triton as qkv
+
+HALF = torch.float16
+# Where a launcher finds its kernels.
+ATTENTION = (attention, "triton_kernels")
+QKV = (qkv, "triton_kernels")
+TABLE = (qkv, "triton_table_kernels")
+
+PLAIN = Problem(frames=7, heads=3, lead=(5,), dtype=HALF)
+ONE_HEAD = Problem(frames=7, heads=1, lead=(5,), dtype=HALF)
+DILATED = Problem(frames=11, dilation=3, kernel_size=3, edge="shift", heads=1, dtype=HALF)
+LONG = Problem(frames=70, heads=1, lead=(1,), dtype=HALF)
+ZERO = Problem(edge="zero", heads=1, dtype=HALF)
+PUBLISHED = Problem(edge="zero", table="published", dtype=HALF)
+# A key's bias cancels in the softmax, unless zeros take part in it.
+FUSED = Case(frames=7, head_dim=16, positions=3, edge="zero")
+FUSED_LONG = Case(frames=20, head_dim=16, heads=1, positions=2)
+FUSED_TABLE = Case(frames=7, head_dim=16, heads=4, edge="zero", table="published")
+
+
+class Mutant(NamedTuple):
+    """The right text, which occurs once, the mistake, and what notices it."""
+
+    file: tuple[ModuleType, str]
+    right: str
+    wrong: str
+    problem: Problem | Case
+
+
+MUTANTS = {
+    "window one slot too long": Mutant(
+        ATTENTION,
+        "return (exists & (slot >= 0) & (slot < kernel_size))",
+        "return (exists & (slot >= 0) & (slot <= kernel_size))",
+        PLAIN,
+    ),
+    "window one slot too short": Mutant(
+        ATTENTION,
+        "return (exists & (slot >= 0) & (slot < kernel_size))",
+        "return (exists & (slot > 0) & (slot < kernel_size))",
+        PLAIN,
+    ),
+    "no mask between positions": Mutant(
+        ATTENTION,
+        "exists = queries & keys & (position == key_position)",
+        "exists = queries & keys",
+        ONE_HEAD,
+    ),
+    "no mask between heads": Mutant(
+        ATTENTION, "exists &= (head == key_head) & (t %", "exists &= (t %", PLAIN
+    ),
+    "no mask at the end of the clip": Mutant(
+        ATTENTION, "exists = (frame >= 0) & (frame < frames)", "exists = frame >= 0", PLAIN
+    ),
+    "no mask behind the last sequence": Mutant(
+        ATTENTION, "exists &= sequence < sequences", "exists &= sequence <= sequences", PLAIN
+    ),
+    "no mask between dilation classes": Mutant(
+        ATTENTION, " & (t % dilation == s % dilation)", "", DILATED
+    ),
+    "dilation classes of equal length": Mutant(
+        ATTENTION,
+        "length = (frames - t % dilation + dilation - 1) // dilation",
+        "length = frames // dilation",
+        DILATED,
+    ),
+    "shifted at the first edge only": Mutant(
+        ATTENTION,
+        "start = tl.minimum(tl.maximum(start, 0), tl.maximum(length - kernel_size, 0))",
+        "start = tl.maximum(start, 0)",
+        DILATED,
+    ),
+    "no zeros outside of the clip": Mutant(
+        ATTENTION, "absent = zeros * (kernel", "absent = 0.0 * (kernel", ZERO
+    ),
+    "zeros left out of the gradient's sum": Mutant(
+        ATTENTION, "total = tl.sum(weights, -1) + absent", "total = tl.sum(weights, -1)", ZERO
+    ),
+    "weights in half precision": Mutant(
+        ATTENTION, "tl.static_range(PARTS - 1)", "tl.static_range(0)", PLAIN
+    ),
+    "key table one slot late": Mutant(
+        ATTENTION, "slot = s - t + before\n", "slot = s - t + before - 1\n", PUBLISHED
+    ),
+    "key table read for the other head": Mutant(
+        ATTENTION, "(head * heads + key_head)", "(key_head * heads + head)", PUBLISHED
+    ),
+    "queries behind a tile's own forgotten": Mutant(
+        ATTENTION, "(own < OWNED + MET_BACK)", "(own < OWNED)", LONG
+    ),
+    "the second half of the keys forgotten": Mutant(
+        ATTENTION, "lower += _weighted_sum(right, x,", "upper += _weighted_sum(right, x,", LONG
+    ),
+    "fused: bias of the queries for the keys": Mutant(
+        QKV, "b_k = tl.load(at + HEAD_DIM).to", "b_k = tl.load(at).to", FUSED
+    ),
+    "fused: one bias for all frames": Mutant(
+        QKV,
+        "head * bias_head + frame * bias_frame",
+        "head * bias_head + 0 * frame",
+        Case(frames=7, head_dim=16, positions=3, bias="frame"),
+    ),
+    "fused: gradients of the halo counted twice": Mutant(
+        QKV, "tl.where(kept, gradient, 0.0)", "gradient", FUSED_LONG
+    ),
+    "fused: halves of the weight's gradient": Mutant(
+        QKV, "out = half * (HEAD_DIM // 2)", "out = (1 - half) * (HEAD_DIM // 2)", FUSED
+    ),
+    "fused, key table: window one slot too long": Mutant(
+        TABLE, "(slot < kernel_size)", "(slot <= kernel_size)", FUSED_TABLE
+    ),
+    "fused, key table: heads not moved": Mutant(TABLE, ".permute(1, 0, 2, 3)", "", FUSED_TABLE),
+    "fused, key table: no mask behind the last position": Mutant(
+        TABLE,
+        "kept = (head < heads) & (position < positions)",
+        "kept = (head < heads)",
+        FUSED_TABLE,
+    ),
+}
+
+
+def check(problem: Problem | Case) -> None:
+    with use_backend("triton", fallback=False):
+        if isinstance(problem, Case):
+            qkv_cases.check(problem, HALF, "triton")
+        else:
+            attention_cases.check(problem, "triton")
+
+
+@pytest.mark.parametrize("problem", sorted({m.problem for m in MUTANTS.values()}, key=str), ids=str)
+def test_the_kernels_are_right(problem: Problem | Case) -> None:
+    check(problem)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mistakes_are_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (launcher, attribute), right, wrong, problem = MUTANTS[name]
+    original = getattr(launcher, attribute)
+    text = Path(original.__file__).read_text()
+    assert text.count(right) == 1, f"{name}: the text is no longer there"
+    file = tmp_path / "mutant.py"
+    file.write_text(text.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(original.__name__, file)
+    assert spec is not None
+    assert spec.loader is not None
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setattr(launcher, attribute, mutant)
+    with pytest.raises((AssertionError, InterpreterError), match=r"error|ulp|finite|out of bounds"):
+        check(problem)
