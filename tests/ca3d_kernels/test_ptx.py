@@ -23,9 +23,7 @@ from ca3d_kernels.qkv_attention import triton as qkv
 from ca3d_kernels.triton_launch import Launch
 
 pytestmark = [pytest.mark.slow, needs_ptx_runner]
-# For sm_120 LLVM emits additions of mixed precision, which the runner misreads; only the
-# attention has none.
-ARCHS = ("sm_80", "sm_90")
+ARCHS = ("sm_80", "sm_90", "sm_120")
 
 
 def shared(x: Tensor) -> Tensor:
@@ -135,7 +133,8 @@ QKV = {
 
 
 @pytest.mark.parametrize(
-    ("name", "arch"), [*((name, "sm_90") for name in QKV), ("7 frames", "sm_80")]
+    ("name", "arch"),
+    [*((name, "sm_90") for name in QKV), ("7 frames", "sm_80"), ("7 frames", "sm_120")],
 )
 def test_qkv_attention(name: str, arch: str) -> None:
     values = {**problems.DEFAULTS["qkv_attention"], "heads": 2, **QKV[name]}

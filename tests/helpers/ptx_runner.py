@@ -42,7 +42,7 @@ def ptx_tool() -> Any:
 
 
 # Instructions of which the tool passes over a modifier, and others that mean the same: `.sat` and
-# `.relu` clamp, and additions of mixed precision widen one operand.
+# `.relu` clamp, additions of mixed precision widen one operand, maxima may be of three.
 _SPELLED_OUT = (
     (
         r"(?P<op>fma\.\w+|cvt)\.sat\.(?P<types>(f32\.)?f32)\s+(?P<to>%\w+),(?P<rest>[^;]*);",
@@ -58,6 +58,11 @@ _SPELLED_OUT = (
         r"(?P<op>add|sub)\.rn\.f32\.(?P<half>b?f16)\s+(?P<to>%\w+),\s*(?P<x>%\w+),(?P<y>[^;]*);",
         r"{ .reg .f32 %widened; cvt.f32.\g<half> %widened, \g<x>; "
         r"\g<guard>\g<op>.f32 \g<to>, %widened,\g<y>; }",
+    ),
+    (
+        r"(?P<op>(max|min)\.f32)\s+(?P<to>%\w+),(?P<xy>[^,;]*,[^,;]*),(?P<z>[^,;]*);",
+        r"{ .reg .f32 %of_two; \g<op> %of_two,\g<xy>; "
+        r"\g<guard>\g<op> \g<to>, %of_two,\g<z>; }",
     ),
 )
 
