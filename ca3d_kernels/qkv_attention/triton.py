@@ -16,7 +16,7 @@ from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.local_attention.tiling import before
 from ca3d_kernels.local_attention.triton import key_counts
 from ca3d_kernels.qkv_attention import triton_kernels, triton_table_kernels
-from ca3d_kernels.qkv_attention.tiling import TableTile, limit, table_tile, tile_for
+from ca3d_kernels.qkv_attention.tiling import limit, table_tile, tile_for
 from ca3d_kernels.triton_launch import Argument, Launch
 
 _PARTS = {torch.float16: 2, torch.bfloat16: 3}
@@ -111,15 +111,13 @@ def _launch(
     return _described(function, programs, arguments, constants, _WARPS[kernel])
 
 
-def _table_launch(
-    kernel: str, images: dict[str, Tensor], others: dict[str, Tensor], options: Options
-) -> Launch:
-    """The launch of a kernel for a key table."""
+def _table_launch(images: dict[str, Tensor], others: dict[str, Tensor], options: Options) -> Launch:
+    """The launch of the forward kernel for a key table."""
     x, heads = images["x"], len(others["weight"])
     table = tuple(options.key_table)
     if "bias" not in others:
         others = {**others, "bias": x.new_zeros(others["weight"].shape[:-1])}
-    cut: TableTile = table_tile(heads, x.shape[1])
+    cut = table_tile(heads, x.shape[1])
     arguments, constants = _shared_arguments(images, others, options)
     arguments["key_counts"] = key_counts(table, heads, options.kernel_size, x.device)
     del constants["BIAS"]
@@ -131,7 +129,7 @@ def _table_launch(
     if x.is_meta:
         counts = key_counts(table, heads, options.kernel_size, torch.device("cpu"))
         contents = {"key_counts": counts}
-    function = getattr(triton_table_kernels, kernel)
+    function = triton_table_kernels.qkv_attention_table_forward
     return _described(
         function, programs, arguments, constants, cut.num_warps,
         options={"num_stages": 1}, contents=contents,
@@ -155,7 +153,7 @@ def forward_launch(
     _check(x, weight, bias, options, backward=False)
     others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     if options.key_table:
-        return _table_launch("qkv_attention_table_forward", {"x": x, "o": o}, others, options)
+        return _table_launch({"x": x, "o": o}, others, options)
     return _launch("qkv_attention_forward", {"x": x, "o": o}, others, options)
 
 

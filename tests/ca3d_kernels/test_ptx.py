@@ -239,6 +239,22 @@ def test_traffic_of_attention(frames: int) -> None:
         assert 32 * traffic.sectors <= 1.1 * traffic.bytes
 
 
+def test_traffic_of_the_projection() -> None:
+    """With every further position the pixels are read once and the results written once."""
+    values = {**problems.DEFAULTS["qkv_attention"], "batch": 1}
+    options, few, many = problems.options(values), 16, 32
+    found = []
+    for positions in (few, many):
+        x, o = (shared(torch.randn(1, 8, positions, 256).half()) for _ in range(2))
+        weight = shared(torch.randn(4, 192, 64).half())
+        launch = qkv.forward_launch(x, weight, None, o, options)
+        # One program for each head, which reads its weights once, goes through all tiles.
+        found.append(run(launch._replace(programs=4), "sm_90"))
+    least = 2 * (many - few) * 8 * 256 * 2
+    assert found[1].bytes - found[0].bytes <= 1.05 * least
+    assert 32 * (found[1].sectors - found[0].sectors) <= 1.1 * least
+
+
 def test_traffic_of_the_step() -> None:
     values = {**problems.DEFAULTS["preparam_step"], "small_tensors": 0, "large_tensors": 1}
     batch = problems.step_batch({**values, "large_size": 16384}, torch.device("cpu"))

@@ -38,8 +38,9 @@ def test_the_layer_uses_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused.stride() == separate.stride()
 
 
-def test_infinities_stay_in_their_position() -> None:
-    case = Case(frames=4, positions=9)
+@pytest.mark.parametrize("table", ["own", "published"])
+def test_infinities_stay_in_their_position(table: str) -> None:
+    case = Case(frames=4, positions=9, edge="zero", table=table)
     x, weight, bias, _ = case.tensors(torch.float16)
     clean = op.qkv_attention(x, weight, bias, case.options("triton"))
     x[0, 1, 4, 3] = torch.inf
