@@ -103,7 +103,7 @@ def _make_videos(config: DemoConfig, out: Path) -> Path:
 def _train(config: DemoConfig, data: Path, out: Path) -> Any:
     from ca3d.training import TrainConfig, train
 
-    options: dict[str, Any] = {"epochs": 11, "warmup_epochs": 1.6}
+    options: dict[str, Any] = {"epochs": 13, "warmup_epochs": 1.2}
     if config.quick:
         options = {"epochs": 2, "batch_size": 16}
     return train(
