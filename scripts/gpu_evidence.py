@@ -71,9 +71,10 @@ def minimum_bytes(case: Case, launch: Launch) -> int:
     if case.op == "preparam_step":
         batch = launch.reached
         kinds = [x.numel() * x.element_size() for x in batch]
-        quarter = len(kinds) // 4
-        w, g, theta, m = (sum(kinds[i * quarter : (i + 1) * quarter]) for i in range(4))
-        return g + theta + m if "overflows" in name else g + w + 2 * theta + 2 * m
+        lists = 5 if case.values["rounding"] == "compensated" else 4
+        each = len(kinds) // lists
+        w, g, *states = (sum(kinds[i * each : (i + 1) * each]) for i in range(lists))
+        return g + sum(states) if "overflows" in name else g + w + 2 * sum(states)
     skipped = ("key_counts", "bias", "weight", "partial_weight", "partial_bias")
     tensors = {k: x for k, x in launch.arguments.items() if isinstance(x, Tensor)}
     return sum(x.numel() * x.element_size() for k, x in tensors.items() if k not in skipped)

@@ -23,7 +23,9 @@ from ca3d_kernels.triton_compile import compile_for, resources, signature
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 CASES = {(case.op, case.name): case for case in problems.cases()}
 QUICK = [CASES[op, "stage 1"] for op in ("local_attention", "qkv_attention")]
-QUICK.append(CASES["preparam_step", "small model"])
+QUICK += [
+    CASES["preparam_step", f"small model{kind}"] for kind in ("", ", stochastic", ", compensated")
+]
 
 
 def check(case: Case, arch: str) -> int:
@@ -51,7 +53,7 @@ def check(case: Case, arch: str) -> int:
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.op)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.op}, {case.name}")
 def test_stage_1_and_the_step(case: Case, arch: str) -> None:
     check(case, arch)
 
@@ -64,7 +66,7 @@ def test_every_ordinary_problem(arch: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.op)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.op}, {case.name}")
 def test_amd(case: Case, arch: str) -> None:
     for launch in problems.launches(case, arch):
         assert compile_for(launch, arch).asm["hsaco"]
