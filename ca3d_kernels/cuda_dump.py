@@ -29,6 +29,7 @@ _NUMBERS = {
     "int32_t": "i",
     "uint32_t": "I",
     "int64_t": "q",
+    "uint64_t": "Q",
     "float": "f",
     "double": "d",
 }

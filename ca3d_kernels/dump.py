@@ -81,9 +81,11 @@ _MEANINGS = {
     "shift": "1 if windows move inwards at the ends of the clip",
     "zeros": "1 if slots outside the clip take part with logit 0 and value 0",
     "scale": "factor of the logits",
-    "chunks": "rows of 5: addresses of the chunk's w, gradient, theta and momentum, and how many "
-    "elements it has (at most 4096)",
+    "chunks": "rows of 8: addresses of the chunk's w, gradient, theta and momentum, how many "
+    "elements it has (at most 4096), address of its compensation, where in the tensor it begins, "
+    "number of the tensor",
     "hyper": "lr, momentum, 1 - dampening, weight decay, c and k",
+    "random": "seed, and how many steps came before",
     "found_inf": "set to 1 by the search; a step with it does nothing unless it is 0",
 }
 

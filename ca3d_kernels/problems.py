@@ -15,7 +15,7 @@ from ca3d_kernels.local_attention.functional import published_key_table
 from ca3d_kernels.local_attention.layout import empty_dense
 from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.preparam_step import triton as step
-from ca3d_kernels.preparam_step.op import Batch
+from ca3d_kernels.preparam_step.op import ROUNDINGS, Batch
 from ca3d_kernels.preparam_step.reference import Hyperparameters
 from ca3d_kernels.qkv_attention import triton as qkv
 from ca3d_kernels.triton_launch import Launch
@@ -69,6 +69,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "nesterov": False,
         "dtype": "float16",
         "pre_param_dtype": "float16",
+        "rounding": "nearest",
     },
 }
 
@@ -102,6 +103,8 @@ _ORDINARY: dict[str, dict[str, dict[str, Any]]] = {
         "small model": {},
         "small model, bfloat16": {"dtype": "bfloat16", "pre_param_dtype": "bfloat16"},
         "small model, float32 masters": {"pre_param_dtype": "float32"},
+        "small model, stochastic": {"rounding": "stochastic"},
+        "small model, compensated": {"rounding": "compensated"},
     },
 }
 
@@ -146,6 +149,7 @@ def _parsed(key: str, text: str, default: Any) -> Any:
         "bias": ("none", "head", "frame"),
         "dtype": tuple(DTYPES),
         "pre_param_dtype": tuple(DTYPES),
+        "rounding": ROUNDINGS,
     }
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
@@ -265,7 +269,11 @@ def step_batch(values: Mapping[str, Any], device: torch.device) -> Batch:
     hyper = Hyperparameters(0.01, values["momentum"], 0.0, 1e-4, values["nesterov"])
     momenta = tensors(wide) if values["momentum"] else []
     params, grads = tensors(values["dtype"]), tensors(values["dtype"])
-    return Batch(params, grads, tensors(wide), momenta, hyper, 128.0, 128.0, cache={})
+    rounding = values["rounding"]
+    batch = Batch(params, grads, tensors(wide), momenta, hyper, 128.0, 128.0, rounding, cache={})
+    if batch.applied == "compensated":
+        batch = batch._replace(compensations=tensors(wide))
+    return batch
 
 
 def _step(values: Mapping[str, Any], device: torch.device) -> list[Launch]:

@@ -48,6 +48,7 @@ ARCHS = {
     "sm_120": Multiprocessor(48, 24, 100 << 10),
 }
 # Bytes a second, by the data sheets.
+LISTS = ("param", "grad", "pre_param", "momentum", "compensation")  # tensors of a step
 DEVICES = {"H100 SXM": 3.35e12, "RTX 4090": 1.008e12, "Orin AGX": 204.8e9}
 
 
@@ -93,8 +94,8 @@ def size(tensors: list[Tensor]) -> int:
 
 def of_step(reached: dict[str, list[Tensor]], searches: bool) -> int:
     """What a step, or its search for overflows, must move."""
-    w, g, theta, m = (size(reached[name]) for name in ("param", "grad", "pre_param", "momentum"))
-    return g + theta + m if searches else g + w + 2 * theta + 2 * m
+    w, g, *states = (size(reached.get(name, [])) for name in LISTS)
+    return g + sum(states) if searches else g + w + 2 * sum(states)
 
 
 def triton_kernel(case: Case, launch: Launch) -> Kernel:
@@ -102,11 +103,11 @@ def triton_kernel(case: Case, launch: Launch) -> Kernel:
     name = launch.kernel.__name__
     tensors = {k: x for k, x in launch.arguments.items() if isinstance(x, Tensor)}
     if case.op == "preparam_step":
-        quarter = len(launch.reached) // 4
-        names = ("param", "grad", "pre_param", "momentum")
+        compensated = case.values["rounding"] == "compensated"
+        names = LISTS if compensated else LISTS[:-1]
+        each = len(launch.reached) // len(names)
         reached = {
-            key: list(launch.reached[i * quarter : (i + 1) * quarter])
-            for i, key in enumerate(names)
+            key: list(launch.reached[i * each : (i + 1) * each]) for i, key in enumerate(names)
         }
         least = of_step(reached, "overflows" in name)
         # A flag that isn't 0 would stop the step; the chunk table stays as it is.

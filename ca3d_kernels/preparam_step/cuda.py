@@ -62,8 +62,6 @@ class CudaKernels:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        if batch.applied != "nearest":
-            raise backends.UnsupportedInputError(f"rounding {batch.rounding!r}")
         device = batch.params[0].device
         addresses = (
             _address("numbers", numbers, torch.float64, 6, device),

@@ -80,6 +80,18 @@ class PreParamSGD(Optimizer):
         >>> theta = optimizer.state[model.weight]["pre_parameter"]
         >>> bool((theta / 128 == model.weight).all())
         True
+
+        Updates that are too small for float16, one by one:
+
+        >>> for rounding in ("nearest", "compensated"):
+        ...     w = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+        ...     optimizer = PreParamSGD([w], lr=2.0**-13, rounding=rounding)
+        ...     for _ in range(16):
+        ...         w.grad = torch.ones_like(w)
+        ...         optimizer.step()
+        ...     print(rounding, (1 - w[0]).item())
+        nearest 0.0
+        compensated 0.001953125
     """
 
     # torch.amp.GradScaler then leaves unscaling and skipping to `step`.

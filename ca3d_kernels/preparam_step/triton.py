@@ -25,33 +25,40 @@ _MIXED = {(torch.float16, torch.float32), (torch.bfloat16, torch.float32)}
 
 
 def chunk_table(
-    columns: Sequence[Sequence[Tensor]], sizes: Sequence[int], device: torch.device
+    columns: Sequence[Sequence[Tensor]],
+    sizes: Sequence[int],
+    numbers: Sequence[int],
+    device: torch.device,
 ) -> Tensor:
-    """Table of all chunks: an address for each column and the number of elements, int64.
+    """Table of all chunks, int64: four addresses, how many elements, another address, where in the
+    tensor the chunk begins, and the number of the tensor.
 
     Args:
-        columns: lists of tensors, one tensor for each size; an empty list gives addresses 0.
+        columns: five lists of tensors, one tensor for each size; an empty list gives addresses 0.
         sizes: numbers of elements.
+        numbers: of the tensors.
         device: where the table is wanted; a copy to a GPU doesn't wait for it.
 
     Returns:
-        (chunks, 5).
+        (chunks, 8).
 
     Example:
         >>> w = [torch.zeros(5000), torch.zeros(3)]
-        >>> chunk_table([w] * 4, [5000, 3], torch.device("cpu"))[:, 4].tolist()
-        [4096, 904, 3]
+        >>> chunk_table([w] * 5, [5000, 3], [7, 8], torch.device("cpu"))[:, [4, 6, 7]].tolist()
+        [[4096, 0, 7], [904, 4096, 7], [3, 0, 8]]
     """
     size = torch.tensor(sizes, dtype=torch.int64)
     chunks = (size + CHUNK - 1) // CHUNK
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
     first = (torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]) * CHUNK
-    table = torch.zeros(len(tensor), 5, dtype=torch.int64, pin_memory=device.type == "cuda")
-    for column, tensors in enumerate(columns):
+    table = torch.zeros(len(tensor), 8, dtype=torch.int64, pin_memory=device.type == "cuda")
+    for column, tensors in zip((0, 1, 2, 3, 5), columns, strict=True):
         if tensors:
             start = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
             table[:, column] = start[tensor] + first * tensors[0].element_size()
     table[:, 4] = (size[tensor] - first).clamp(max=CHUNK)
+    table[:, 6] = first
+    table[:, 7] = torch.tensor(numbers, dtype=torch.int64)[tensor]
     return table.to(device, non_blocking=True)
 
 
@@ -60,10 +67,14 @@ def _tables(batch: Batch) -> list[tuple[int, Tensor]]:
 
     They are made anew when an address has changed since they were last used.
     """
-    columns = [batch.params, batch.grads, batch.pre_params, batch.momenta]
+    columns = [
+        *(batch.params, batch.grads, batch.pre_params, batch.momenta),
+        list(batch.compensations),
+    ]
     addresses = [[x.data_ptr() for x in column] for column in columns]
+    numbers = list(batch.numbers) or list(range(len(batch.params)))
     cache = {} if batch.cache is None else batch.cache
-    if cache.get("chunk addresses") != addresses:
+    if cache.get("chunk addresses") != addresses or cache.get("chunk tensors") != numbers:
         for w in batch.params:
             if not is_dense(w):
                 raise UnsupportedInputError(f"a parameter of strides {w.stride()} has gaps")
@@ -77,39 +88,42 @@ def _tables(batch: Batch) -> list[tuple[int, Tensor]]:
             if chosen:
                 picked = [[x[i] for i in chosen] if x else [] for x in columns]
                 sizes = [batch.params[i].numel() for i in chosen]
-                table = chunk_table(picked, sizes, batch.params[0].device)
+                chosen_numbers = [numbers[i] for i in chosen]
+                table = chunk_table(picked, sizes, chosen_numbers, batch.params[0].device)
                 tables.append((16 if aligned else 1, table))
-        cache.update({"chunk addresses": addresses, "chunks": tables})
+        cache.update({"chunk addresses": addresses, "chunk tensors": numbers, "chunks": tables})
     return cache["chunks"]
 
 
-def _numbers(batch: Batch) -> Tensor:
-    """lr, momentum, 1 - dampening, weight decay, c and k on the device, float64.
+def _on_device(batch: Batch, name: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    """Numbers on the device.
 
     They are copied only when one has changed: a captured step reads what is there when it runs.
     """
-    hyper = batch.hyper
-    rest = (1 - hyper.dampening, hyper.weight_decay, batch.scale, batch.gradient_scale)
-    values = (hyper.lr, hyper.momentum, *rest)
     cache = {} if batch.cache is None else batch.cache
-    if cache.get("numbers") != values:
+    if cache.get(name) != values:
         device = batch.params[0].device
-        new = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
-        old = cache.get("device numbers")
+        new = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+        old = cache.get(f"device {name}")
         if old is None:
-            cache["device numbers"] = new.to(device, non_blocking=True)
+            cache[f"device {name}"] = new.to(device, non_blocking=True)
         else:
             old.copy_(new, non_blocking=True)
-        cache["numbers"] = values
-    return cache["device numbers"]
+        cache[name] = values
+    return cache[f"device {name}"]
+
+
+def _numbers(batch: Batch) -> Tensor:
+    """lr, momentum, 1 - dampening, weight decay, c and k on the device, float64."""
+    hyper = batch.hyper
+    rest = (1 - hyper.dampening, hyper.weight_decay, batch.scale, batch.gradient_scale)
+    return _on_device(batch, "numbers", (hyper.lr, hyper.momentum, *rest), torch.float64)
 
 
 def _constants(batch: Batch) -> dict[str, Any]:
     dtype, wide = batch.params[0].dtype, batch.pre_params[0].dtype
     if dtype not in _TYPES or (dtype != wide and (dtype, wide) not in _MIXED):
         raise UnsupportedInputError(f"pre-parameters of {wide} with parameters of {dtype}")
-    if batch.applied != "nearest":
-        raise UnsupportedInputError(f"rounding {batch.rounding!r}")
     return {
         "PARAM": _TYPES[dtype],
         "PRE_PARAM": _TYPES[wide],
@@ -144,24 +158,38 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
     """
     constants = _constants(batch)
     numbers = _numbers(batch)
+    arguments = {"hyper": numbers}
     kernel = triton_kernels.preparam_sgd_step
     if overflows:
         assert found_inf is not None
         kernel, found_inf = triton_kernels.preparam_sgd_overflows, found_inf.view(torch.int32)
+        if batch.applied == "stochastic":
+            constants["ROUNDING"] = "bound"
     else:
         constants["PREDICATED"] = found_inf is not None
+        if batch.applied == "stochastic":
+            seed_and_steps = (batch.seed, batch.steps)
+            arguments["random"] = _on_device(batch, "random", seed_and_steps, torch.int64)
+        else:
+            constants["random"] = None
     return [
         Launch(
             kernel,
             len(table),
             {
                 "chunks": table,
-                "hyper": numbers,
+                **arguments,
                 "found_inf": numbers if found_inf is None else found_inf,
             },
             {"CHUNK": CHUNK, "ALIGNED": aligned, **constants},
             num_warps=4,
-            reached=(*batch.params, *batch.grads, *batch.pre_params, *batch.momenta),
+            reached=(
+                *batch.params,
+                *batch.grads,
+                *batch.pre_params,
+                *batch.momenta,
+                *batch.compensations,
+            ),
             options={"enable_fp_fusion": False},
         )
         for aligned, table in _tables(batch)

@@ -1,11 +1,14 @@
 """Triton kernels of the pre-parameter SGD step.
 
 A program steps one chunk: a stretch of one tensor. A table in device memory holds the addresses of
-each chunk's w, gradient, theta and momentum and its number of elements, so that one launch serves
-all tensors. Chunks move in 16-byte vectors up to a multiple of 16 elements, the rest one by one.
+each chunk's w, gradient, theta, momentum and compensation, its number of elements, and where in
+which tensor it begins, so that one launch serves all tensors. Chunks move in 16-byte vectors up to
+a multiple of 16 elements, the rest one by one.
 
 The arithmetic is that of `reference.stepped`, bit for bit: every operation rounds once (the launch
 forbids fused multiply-adds), theta is rounded to its storage before w is computed from it.
+`ROUNDING` is "nearest", "stochastic" or "compensated", or "bound" in the search for overflows: that
+is "stochastic" with the largest number drawn everywhere, which bounds what any draw would store.
 """
 
 import triton
@@ -15,29 +18,92 @@ from ca3d_kernels.triton_numbers import infinity, magnitude
 
 # Elements that are moved one by one at the end of a chunk are fewer than these.
 _STEP = tl.constexpr(16)
+# Columns of the table of chunks, and those of them that aren't addresses of w, gradient, theta and
+# momentum.
+COLUMNS = tl.constexpr(8)
+_COUNT, _COMPENSATION = tl.constexpr(4), tl.constexpr(5)
+_FIRST, _NUMBER = tl.constexpr(6), tl.constexpr(7)
+
+
+@triton.jit
+def _field(table, field: tl.constexpr):
+    """Column `field` of this program's row."""
+    return tl.load(table + tl.program_id(0).to(tl.int64) * COLUMNS + field)
 
 
 @triton.jit
 def _address(table, field: tl.constexpr, kind: tl.constexpr, ALIGNED: tl.constexpr):
     """Address in column `field` of this program's row, as a pointer to elements of a type."""
-    row = table + tl.program_id(0).to(tl.int64) * 5
-    return tl.multiple_of(tl.load(row + field).to(tl.pointer_type(kind)), ALIGNED)
+    return tl.multiple_of(_field(table, field).to(tl.pointer_type(kind)), ALIGNED)
 
 
 @triton.jit
-def _rounded(x, kind: tl.constexpr, ROUNDING: tl.constexpr):
+def _words(chunks, random, at, COUNT: tl.constexpr):
+    """Random words of the elements `at` .. `at` + COUNT - 1 of this program's chunk.
+
+    Theta takes the low half of a word, the momentum the high one; see `philox.Draws`. COUNT is a
+    multiple of 32, or 16; `at` is a multiple of 16, and of 32 if COUNT is.
+    """
+    place = _field(chunks, _FIRST) + at
+    HALVES: tl.constexpr = 2 if COUNT > 16 else 1  # of a group of 32 elements
+    GROUPS: tl.constexpr = COUNT // (16 * HALVES)
+    block = (place // 32) * 4 + tl.arange(0, 4 * GROUPS)
+    zero = tl.zeros_like(block).to(tl.uint32)
+    number = zero + _field(chunks, _NUMBER).to(tl.uint32)
+    step = zero + tl.load(random + 1).to(tl.uint32)
+    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(random), low, high, number, step)
+    shared = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (GROUPS, 16))
+    swapped = (shared << 16) | (shared >> 16)
+    if HALVES == 2:
+        words = tl.permute(tl.join(shared, swapped), (0, 2, 1))
+    else:
+        words = tl.where(place % 32 < 16, shared, swapped)
+    return tl.reshape(words, (COUNT,))
+
+
+@triton.jit
+def _stochastic(x, kind: tl.constexpr, random):
+    """float32 rounded to one of the two neighbours in float16 or bfloat16.
+
+    `random` are 16 bits; see `stochastic.round_stochastically`.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if kind == tl.float16:
+        # Adding 2^-14 puts the last bit of a subnormal result where that of a normal one is.
+        lifted = (magnitude.to(tl.float32, bitcast=True) + 6.103515625e-05).to(
+            tl.int32, bitcast=True
+        ) - (1 << 23)
+        kept = tl.where(magnitude < (113 << 23), lifted, magnitude)
+        rounded = ((kept + (random >> 3)) >> 13) - (112 << 10)
+        rounded = tl.minimum(rounded, 0x7BFF)
+        beyond = magnitude >= 0x477FF000  # 65520
+    else:
+        rounded = tl.minimum((magnitude + random) >> 16, 0x7F7F)
+        beyond = magnitude >= 0x7F7F8000
+    rounded |= (bits >> 16) & 0x8000
+    nearest = x.to(kind).to(tl.int16, bitcast=True)
+    return tl.where(beyond, nearest, rounded.to(tl.int16)).to(kind, bitcast=True)
+
+
+@triton.jit
+def _rounded(x, kind: tl.constexpr, ROUNDING: tl.constexpr, random):
     """A computed value as it is stored: the one place that decides how values are rounded."""
-    tl.static_assert(ROUNDING == "nearest")
-    return x.to(kind)
+    if ROUNDING == "stochastic" or ROUNDING == "bound":
+        rounded = _stochastic(x, kind, random)
+    else:
+        rounded = x.to(kind)
+    return rounded
 
 
 @triton.jit
 def _stepped(
-    w, g, theta, m, i, inside, hyper,
+    w, g, theta, m, r, words, i, inside, hyper,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    """New w, theta and m of elements i, as they are stored; without momentum, m is theta."""
+    """New w, theta, m and r of elements i, as they are stored; one that isn't stored is theta."""
     lr = tl.load(hyper).to(REAL)
     momentum = tl.load(hyper + 1).to(REAL)
     fresh = tl.load(hyper + 2).to(REAL)  # 1 - dampening
@@ -46,46 +112,65 @@ def _stepped(
     gradient_scale = tl.load(hyper + 5).to(REAL)
     b_g = tl.load(g + i, mask=inside, other=0).to(REAL)
     b_theta = tl.load(theta + i, mask=inside, other=0).to(REAL)
-    d = b_g * gradient_scale + b_theta * weight_decay
+    total = b_theta
+    if ROUNDING == "compensated":
+        b_r = tl.load(r + i, mask=inside, other=0).to(REAL)
+        total = b_theta + b_r
+    d = b_g * gradient_scale + total * weight_decay
     update = d
     if MOMENTUM:
         b_m = tl.load(m + i, mask=inside, other=0).to(REAL)
         b_m = b_m * momentum + d * fresh
         update = d + b_m * momentum if NESTEROV else b_m
-    new_theta = _rounded(b_theta - update * lr, PRE_PARAM, ROUNDING)
-    new_m = _rounded(b_m, PRE_PARAM, ROUNDING) if MOMENTUM else new_theta
+    low = words
+    high = words
+    if ROUNDING == "stochastic":
+        low = (words & 0xFFFF).to(tl.int32)
+        high = (words >> 16).to(tl.int32)
+    if ROUNDING == "compensated":
+        change = b_r - update * lr
+        new_theta = (b_theta + change).to(PRE_PARAM)
+        new_r = (change - (new_theta.to(REAL) - b_theta)).to(PRE_PARAM)
+    else:
+        new_theta = _rounded(b_theta - update * lr, PRE_PARAM, ROUNDING, low)
+        new_r = new_theta
+    new_m = _rounded(b_m, PRE_PARAM, ROUNDING, high) if MOMENTUM else new_theta
     if REAL == tl.float64:  # noqa: SIM300
         new_w = (new_theta.to(REAL) / scale).to(PARAM)
     else:
         new_w = tl.math.div_rn(new_theta.to(REAL), tl.zeros_like(b_theta) + scale).to(PARAM)
-    return new_w, new_theta, new_m
+    return new_w, new_theta, new_m, new_r
 
 
 @triton.jit
 def _step_elements(
-    w, g, theta, m, i, inside, hyper,
+    w, g, theta, m, r, words, i, inside, hyper,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    new_w, new_theta, new_m = _stepped(
-        w, g, theta, m, i, inside, hyper, PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING
-    )
+    new_w, new_theta, new_m, new_r = _stepped(
+        w, g, theta, m, r, words, i, inside, hyper,
+        PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
+    )  # fmt: skip
     tl.store(w + i, new_w, mask=inside)
     tl.store(theta + i, new_theta, mask=inside)
     if MOMENTUM:
         tl.store(m + i, new_m, mask=inside)
+    if ROUNDING == "compensated":
+        tl.store(r + i, new_r, mask=inside)
 
 
 @triton.jit
 def _not_finite(
-    w, g, theta, m, i, inside, hyper,
+    w, g, theta, m, r, i, inside, hyper,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """Whether a step would store a value that isn't finite; a bad gradient makes theta so."""
-    new_w, new_theta, new_m = _stepped(
-        w, g, theta, m, i, inside, hyper, PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING
-    )
+    new_w, new_theta, new_m, _ = _stepped(
+        w, g, theta, m, r, 0xFFFF, i, inside, hyper,
+        PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
+    )  # fmt: skip
     finite = magnitude(new_w) < infinity(PARAM)
     finite &= magnitude(new_theta) < infinity(PRE_PARAM)
     finite &= magnitude(new_m) < infinity(PRE_PARAM)
@@ -94,7 +179,7 @@ def _not_finite(
 
 @triton.jit
 def preparam_sgd_step(
-    chunks, hyper, found_inf,
+    chunks, hyper, random, found_inf,
     CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
@@ -109,17 +194,20 @@ def preparam_sgd_step(
     g = _address(chunks, 1, PARAM, ALIGNED)
     theta = _address(chunks, 2, PRE_PARAM, ALIGNED)
     m = _address(chunks, 3, PRE_PARAM, ALIGNED)
-    count = tl.load(chunks + tl.program_id(0).to(tl.int64) * 5 + 4).to(tl.int32)
+    r = _address(chunks, _COMPENSATION, PRE_PARAM, ALIGNED)
+    count = _field(chunks, _COUNT).to(tl.int32)
     bulk = count // _STEP * _STEP
     i = tl.arange(0, CHUNK)
+    words = _words(chunks, random, 0, CHUNK) if ROUNDING == "stochastic" else 0
     _step_elements(
-        w, g, theta, m, i, i < bulk, hyper,
+        w, g, theta, m, r, words, i, i < bulk, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
     )  # fmt: skip
     if bulk < count:
         last = bulk + tl.arange(0, _STEP)
+        last_words = _words(chunks, random, bulk, _STEP) if ROUNDING == "stochastic" else 0
         _step_elements(
-            w, g, theta, m, last, last < count, hyper,
+            w, g, theta, m, r, last_words, last, last < count, hyper,
             PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
         )  # fmt: skip
 
@@ -135,17 +223,18 @@ def preparam_sgd_overflows(
     g = _address(chunks, 1, PARAM, ALIGNED)
     theta = _address(chunks, 2, PRE_PARAM, ALIGNED)
     m = _address(chunks, 3, PRE_PARAM, ALIGNED)
-    count = tl.load(chunks + tl.program_id(0).to(tl.int64) * 5 + 4).to(tl.int32)
+    r = _address(chunks, _COMPENSATION, PRE_PARAM, ALIGNED)
+    count = _field(chunks, _COUNT).to(tl.int32)
     bulk = count // _STEP * _STEP
     i = tl.arange(0, CHUNK)
     found = _not_finite(
-        g, g, theta, m, i, i < bulk, hyper,
+        g, g, theta, m, r, i, i < bulk, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
     )  # fmt: skip
     if bulk < count:
         last = bulk + tl.arange(0, _STEP)
         found += _not_finite(
-            g, g, theta, m, last, last < count, hyper,
+            g, g, theta, m, r, last, last < count, hyper,
             PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
         )  # fmt: skip
     if found > 0:

@@ -16,12 +16,21 @@ namespace {
 //
 // Beyond the largest finite number, where there is no upper neighbour, x is rounded to nearest.
 
+#if defined(__F16C__)
+constexpr int kTruncate = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+// Twice the bits of a result that plain truncation gets right: above the smallest normal number and
+// below the largest one.
+constexpr int16_t kPlainFrom = 2 * 0x401;
+constexpr int16_t kPlainSpan = static_cast<int16_t>(2 * (0x7bfe - 0x401));
+#endif
+
 // A subnormal result of float16 has its last bit where that of a normal one is while 2^-14 is
 // added.
 
 #if defined(__AVX512F__)
 
-inline void store_stochastically(Half* to, Vector<float> x, Bits<float> random) {
+// Of any numbers.
+inline __m256i rounded_stochastically(Vector<float> x, Bits<float> random) {
   const Bits<float> bits = bit_cast<Bits<float>>(x);
   const __m512 magnitude = bit_cast<__m512>(bits & 0x7fffffff);
   const __m512 lift = bit_cast<__m512>((bits & 0x80000000) | (uint32_t{113} << 23));
@@ -31,15 +40,24 @@ inline void store_stochastically(Half* to, Vector<float> x, Bits<float> random) 
   const __m512 sum = bit_cast<__m512>(bit_cast<Bits<float>>(lifted) + (random >> 3));
   // Truncation makes 65504 of all that is finite, so what is to be infinite must be so before.
   const __m512 finite = _mm512_mask_mul_ps(sum, beyond, x, _mm512_set1_ps(0x1p113f));
-  constexpr int kTruncate = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
   const __m256i half = _mm512_maskz_cvtps_ph(0xffff, finite, kTruncate);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_mask_sub_epi16(half, subnormal, half, _mm256_set1_epi16(0x400)));
+  return _mm256_mask_sub_epi16(half, subnormal, half, _mm256_set1_epi16(0x400));
+}
+
+inline void store_stochastically(Half* to, Vector<float> x, Bits<float> random) {
+  const __m512 sum = bit_cast<__m512>(bit_cast<Bits<float>>(x) + (random >> 3));
+  __m256i half = _mm512_maskz_cvtps_ph(0xffff, sum, kTruncate);
+  const __m256i magnitude = _mm256_add_epi16(half, half);
+  const __m256i above = _mm256_sub_epi16(magnitude, _mm256_set1_epi16(kPlainFrom));
+  const __mmask16 special = _mm256_cmpgt_epu16_mask(above, _mm256_set1_epi16(kPlainSpan));
+  if (__builtin_expect(special != 0, 0)) half = rounded_stochastically(x, random);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
 }
 
 #elif defined(__F16C__)
 
-inline void store_stochastically(Half* to, Vector<float> x, Bits<float> random) {
+// Of any numbers.
+inline __m128i rounded_stochastically(Vector<float> x, Bits<float> random) {
   const Bits<float> bits = bit_cast<Bits<float>>(x);
   const Vector<float> magnitude = bit_cast<Vector<float>>(bits & 0x7fffffff);
   const Bits<float> subnormal = bit_cast<Bits<float>>(magnitude < 0x1p-14f);
@@ -50,7 +68,18 @@ inline void store_stochastically(Half* to, Vector<float> x, Bits<float> random) 
   rounded = bit_cast<Vector<float>>(bit_cast<Bits<float>>(rounded) | (bits & 0x80000000));
   // Truncation makes 65504 of all that is finite, so what is to be infinite must be so before.
   const Vector<float> finite = magnitude < 65520 ? rounded : x * 0x1p113f;
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(finite, _MM_FROUND_TO_ZERO));
+  return _mm256_cvtps_ph(finite, kTruncate);
+}
+
+inline void store_stochastically(Half* to, Vector<float> x, Bits<float> random) {
+  const Bits<float> sum = bit_cast<Bits<float>>(x) + (random >> 3);
+  __m128i half = _mm256_cvtps_ph(bit_cast<__m256>(sum), kTruncate);
+  const __m128i magnitude = _mm_add_epi16(half, half);
+  const __m128i above = _mm_sub_epi16(magnitude, _mm_set1_epi16(kPlainFrom));
+  const __m128i most = _mm_min_epu16(above, _mm_set1_epi16(kPlainSpan));
+  const bool plain = _mm_movemask_epi8(_mm_cmpeq_epi16(above, most)) == 0xffff;
+  if (__builtin_expect(!plain, 0)) half = rounded_stochastically(x, random);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
 }
 
 #else

@@ -37,6 +37,8 @@ std::vector<ArgumentField> fields_of(const PreParamStep& step, const PreParamLau
   fields.push_back(
       {"device.found_inf", offsetof(Arguments, device.found_inf), "float*",
        "1 element: a step is skipped unless it is 0, or null; overflows sets it to 1"});
+  fields.push_back({"seed", offsetof(Arguments, seed), "uint64_t", "of stochastic rounding"});
+  fields.push_back({"steps", offsetof(Arguments, steps), "uint32_t", "that came before"});
   fields.push_back({"nesterov", offsetof(Arguments, nesterov), "int32_t", "0 or 1"});
   fields.push_back({"tensors", offsetof(Arguments, tensors), "int32_t", "rows of the table"});
   for (int32_t i = 0; i <= launch.tensors; ++i) {
@@ -54,7 +56,11 @@ std::vector<ArgumentField> fields_of(const PreParamStep& step, const PreParamLau
         {row + "pre_param", at + offsetof(PreParamRun, pre_param), wide + "*", "theta, updated"});
     fields.push_back({row + "momentum", at + offsetof(PreParamRun, momentum), wide + "*",
                       "momentum, updated, or null"});
+    fields.push_back({row + "compensation", at + offsetof(PreParamRun, compensation), wide + "*",
+                      "what theta lacks, updated, or null"});
     fields.push_back({row + "count", at + offsetof(PreParamRun, count), "int64_t", "elements"});
+    fields.push_back(
+        {row + "number", at + offsetof(PreParamRun, number), "uint32_t", "of the tensor"});
   }
   return fields;
 }
@@ -90,8 +96,12 @@ std::vector<PreParamLaunch> plan_preparam(const PreParamRun* runs, int64_t count
 }
 
 std::string entry_name(const PreParamStep& step, const PreParamLaunch& launch, bool overflows) {
+  const Rounding rounding = applied_rounding(step);
   return std::string(overflows ? "ca3d_preparam_overflows_" : "ca3d_preparam_step_") +
          dtype_name(step.param) + "_" + dtype_name(step.pre_param) +
+         (rounding == Rounding::kStochastic    ? "_stochastic"
+          : rounding == Rounding::kCompensated ? "_compensated"
+                                               : "") +
          (launch.large ? "_large" : "_small");
 }
 

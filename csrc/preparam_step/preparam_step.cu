@@ -6,6 +6,8 @@
 // every backend gives the same bits.
 #include "common/cuda.h"
 #include "common/elements.cuh"
+#include "common/philox.cuh"
+#include "common/stochastic.cuh"
 #include "preparam_step/preparam_step_cuda.h"
 
 namespace ca3d {
@@ -28,12 +30,47 @@ __device__ __forceinline__ double sum(double x, double y) {
   return __dadd_rn(x, y);
 }
 
-// The nearest value that the storage holds, ties to even. Other ways of rounding are other classes:
-// `round` is told which element of the tensor it rounds.
+// ---- ways of rounding theta and momentum ----
+//
+// `draw` makes a random word for each of kWidth elements, of which theta takes the low half and the
+// momentum the high one; `round` stores a value.
+
 struct Nearest {
+  static constexpr bool kCompensates = false;
+
+  template <int kWidth, class Arguments, class Part>
+  static __device__ __forceinline__ void draw(const Arguments&, const Part&, int32_t, uint32_t*) {}
   template <class Real, class Stored>
-  static __device__ __forceinline__ void round(Real x, int64_t /*element*/, Stored* to) {
+  static __device__ __forceinline__ void round(Real x, uint32_t /*random*/, Stored* to) {
     narrow(x, to);
+  }
+};
+
+struct Compensated : Nearest {
+  static constexpr bool kCompensates = true;
+};
+
+struct Stochastic {
+  static constexpr bool kCompensates = false;
+
+  template <int kWidth, class Arguments, class Part>
+  static __device__ __forceinline__ void draw(const Arguments& a, const Part& chunk, int32_t at,
+                                              uint32_t* random) {
+    ca3d::draw<kWidth>(a.seed, chunk.first + at, chunk.number, a.steps, random);
+  }
+  template <class Stored>
+  static __device__ __forceinline__ void round(float x, uint32_t random, Stored* to) {
+    narrow_stochastically(x, random, to);
+  }
+};
+
+// Rounds away from zero, and so bounds what any draw stores.
+struct LargestDraw : Stochastic {
+  template <int kWidth, class Arguments, class Part>
+  static __device__ __forceinline__ void draw(const Arguments&, const Part&, int32_t,
+                                              uint32_t* random) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) random[i] = 0xffffffff;
   }
 };
 
@@ -62,23 +99,26 @@ __device__ __forceinline__ auto current_numbers(const Arguments& a) {
 template <class Param, class PreParam, int kWidth>
 struct Stepped {
   Param param[kWidth];
-  PreParam pre_param[kWidth], momentum[kWidth];
+  PreParam pre_param[kWidth], momentum[kWidth], compensation[kWidth];
 };
 
-// Where a chunk lies. Momentum is null for a step without.
+// Where a chunk lies. Momentum is null for a step without, and so is compensation.
 template <class Param, class PreParam>
 struct Chunk {
   Param* param;
   const Param* grad;
   PreParam* pre_param;
   PreParam* momentum;
-  int64_t first;  // element of the tensor
+  PreParam* compensation;
+  int64_t first;    // element of the tensor
+  uint32_t number;  // of the tensor
   int32_t count;
 
   __device__ bool is_aligned() const {
     const uintptr_t addresses =
         reinterpret_cast<uintptr_t>(param) | reinterpret_cast<uintptr_t>(grad) |
-        reinterpret_cast<uintptr_t>(pre_param) | reinterpret_cast<uintptr_t>(momentum);
+        reinterpret_cast<uintptr_t>(pre_param) | reinterpret_cast<uintptr_t>(momentum) |
+        reinterpret_cast<uintptr_t>(compensation);
     return addresses % kVectorBytes == 0;
   }
 };
@@ -89,6 +129,7 @@ struct Kernel {
   using Arguments = PreParamArguments<Real, kTensors>;
   using Part = Chunk<Param, PreParam>;
   static constexpr int kVector = kVectorWidth<Param>;
+  static constexpr bool kCompensates = Rounding::kCompensates;
 
   static __device__ Part locate(const Arguments& a) {
     // The last tensor whose first block isn't behind this one.
@@ -105,37 +146,52 @@ struct Kernel {
     const int64_t first = static_cast<int64_t>(blockIdx.x - a.first_block[low]) * kPreParamChunk;
     const int64_t left = run.count - first;
     PreParam* const momentum = static_cast<PreParam*>(run.momentum);
+    PreParam* const compensation = static_cast<PreParam*>(run.compensation);
     return {static_cast<Param*>(run.param) + first,
             static_cast<const Param*>(run.grad) + first,
             static_cast<PreParam*>(run.pre_param) + first,
             momentum ? momentum + first : nullptr,
+            kCompensates ? compensation + first : nullptr,
             first,
+            run.number,
             static_cast<int32_t>(left < kPreParamChunk ? left : kPreParamChunk)};
   }
 
   // Computes the elements at .. at + kWidth - 1 of a chunk.
   template <int kWidth>
   static __device__ __forceinline__ Stepped<Param, PreParam, kWidth> step(
-      const PreParamNumbers<Real>& x, bool nesterov, const Part& chunk, int32_t at) {
+      const Arguments& a, const PreParamNumbers<Real>& x, const Part& chunk, int32_t at) {
     Param grad[kWidth];
-    PreParam pre_param[kWidth], momentum[kWidth] = {};
+    PreParam pre_param[kWidth], momentum[kWidth] = {}, rest[kWidth] = {};
     read<kWidth>(chunk.grad + at, grad);
     read<kWidth>(chunk.pre_param + at, pre_param);
     if (chunk.momentum) read<kWidth>(chunk.momentum + at, momentum);
+    if (kCompensates) read<kWidth>(chunk.compensation + at, rest);
+    uint32_t random[kWidth] = {};
+    Rounding::template draw<kWidth>(a, chunk, at, random);
     Stepped<Param, PreParam, kWidth> to;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const int64_t element = chunk.first + at + i;
-      const Real g = widen(grad[i]), theta = widen(pre_param[i]);
-      const Real d = sum(product(g, x.gradient_scale), product(theta, x.weight_decay));
+      const Real g = widen(grad[i]), theta = widen(pre_param[i]), lacking = widen(rest[i]);
+      const Real total = kCompensates ? sum(theta, lacking) : theta;
+      const Real d = sum(product(g, x.gradient_scale), product(total, x.weight_decay));
       Real update = d;
       to.momentum[i] = momentum[i];
+      to.compensation[i] = rest[i];
       if (chunk.momentum) {
         const Real m = sum(product(widen(momentum[i]), x.momentum), product(d, x.fresh));
-        update = nesterov ? sum(d, product(m, x.momentum)) : m;
-        Rounding::round(m, element, &to.momentum[i]);
+        update = a.nesterov ? sum(d, product(m, x.momentum)) : m;
+        Rounding::round(m, random[i] >> 16, &to.momentum[i]);
       }
-      Rounding::round(sum(theta, -product(update, x.lr)), element, &to.pre_param[i]);
+      if (kCompensates) {
+        const Real change = sum(lacking, -product(update, x.lr));
+        narrow(sum(theta, change), &to.pre_param[i]);
+        const Real moved = sum(static_cast<Real>(widen(to.pre_param[i])), -theta);
+        narrow(sum(change, -moved), &to.compensation[i]);
+      } else {
+        const Real stepped = sum(theta, -product(update, x.lr));
+        Rounding::round(stepped, random[i] & 0xffff, &to.pre_param[i]);
+      }
       narrow(static_cast<Real>(widen(to.pre_param[i])) / x.scale, &to.param[i]);
     }
     return to;
@@ -147,6 +203,7 @@ struct Kernel {
     ca3d::write<kWidth>(chunk.param + at, to.param);
     ca3d::write<kWidth>(chunk.pre_param + at, to.pre_param);
     if (chunk.momentum) ca3d::write<kWidth>(chunk.momentum + at, to.momentum);
+    if (kCompensates) ca3d::write<kWidth>(chunk.compensation + at, to.compensation);
   }
 
   template <int kWidth>
@@ -168,10 +225,10 @@ struct Kernel {
     const int32_t vectors = chunk.is_aligned() ? chunk.count / kVector : 0;
 #pragma unroll 2
     for (int32_t i = threadIdx.x; i < vectors; i += kPreParamThreads) {
-      visit(step<kVector>(numbers, a.nesterov, chunk, i * kVector), chunk, i * kVector);
+      visit(step<kVector>(a, numbers, chunk, i * kVector), chunk, i * kVector);
     }
     for (int32_t i = vectors * kVector + threadIdx.x; i < chunk.count; i += kPreParamThreads) {
-      visit(step<1>(numbers, a.nesterov, chunk, i), chunk, i);
+      visit(step<1>(a, numbers, chunk, i), chunk, i);
     }
   }
 
@@ -194,42 +251,48 @@ struct Kernel {
 // Blocks that a multiprocessor holds: leaves a thread 80 registers.
 constexpr int kBlocksAtLeast = 3;
 
-// The kernels for one pair of stored types and one size of table, under names that tools can find.
-#define CA3D_ENTRY(function, name, Param, PreParam, kTensors)                                   \
+// A kernel for one pair of stored types and one size of table, under a name that tools can find.
+#define CA3D_ENTRY(Rounding, function, name, Param, PreParam, kTensors)                         \
   extern "C" __global__ void __launch_bounds__(kPreParamThreads, kBlocksAtLeast)                \
       name(const __grid_constant__ PreParamArguments<Computed<PreParam>, kTensors> arguments) { \
-    Kernel<Nearest, Param, PreParam, kTensors>::function(arguments);                            \
+    Kernel<Rounding, Param, PreParam, kTensors>::function(arguments);                           \
   }
 
-#define CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kTensors, size)                  \
-  CA3D_ENTRY(step_all, ca3d_preparam_step_##types##_##size, Param, PreParam, kTensors) \
-  CA3D_ENTRY(find_overflows, ca3d_preparam_overflows_##types##_##size, Param, PreParam, kTensors)
+// The step with a way of rounding, and the search for what would overflow, which bounds it.
+#define CA3D_ENTRIES_OF_TABLE(Rounding, Bound, Param, PreParam, suffix, kTensors, size)           \
+  CA3D_ENTRY(Rounding, step_all, ca3d_preparam_step_##suffix##_##size, Param, PreParam, kTensors) \
+  CA3D_ENTRY(Bound, find_overflows, ca3d_preparam_overflows_##suffix##_##size, Param, PreParam,   \
+             kTensors)
 
 // CUDA before 12.1 has no arguments above 4 KB.
 #if defined(CA3D_CUDA_EMULATION) || CUDART_VERSION >= 12010
 #define CA3D_LARGE_TABLES 1
-#define CA3D_ENTRIES(Param, PreParam, types)                        \
-  CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kSmallTable, small) \
-  CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kLargeTable, large)
-#define CA3D_LARGE_KERNELS(types) \
-  ca3d_preparam_step_##types##_large, ca3d_preparam_overflows_##types##_large
+#define CA3D_ENTRIES(Rounding, Bound, Param, PreParam, suffix)                        \
+  CA3D_ENTRIES_OF_TABLE(Rounding, Bound, Param, PreParam, suffix, kSmallTable, small) \
+  CA3D_ENTRIES_OF_TABLE(Rounding, Bound, Param, PreParam, suffix, kLargeTable, large)
+#define CA3D_LARGE_KERNELS(suffix) \
+  ca3d_preparam_step_##suffix##_large, ca3d_preparam_overflows_##suffix##_large
 #else
 #define CA3D_LARGE_TABLES 0
-#define CA3D_ENTRIES(Param, PreParam, types) \
-  CA3D_ENTRIES_OF_TABLE(Param, PreParam, types, kSmallTable, small)
-#define CA3D_LARGE_KERNELS(types) nullptr, nullptr
+#define CA3D_ENTRIES(Rounding, Bound, Param, PreParam, suffix) \
+  CA3D_ENTRIES_OF_TABLE(Rounding, Bound, Param, PreParam, suffix, kSmallTable, small)
+#define CA3D_LARGE_KERNELS(suffix) nullptr, nullptr
 #endif
 
-CA3D_ENTRIES(float, float, float32_float32)
-CA3D_ENTRIES(double, double, float64_float64)
-CA3D_ENTRIES(Half, Half, float16_float16)
-CA3D_ENTRIES(Half, float, float16_float32)
-CA3D_ENTRIES(BFloat16, BFloat16, bfloat16_bfloat16)
-CA3D_ENTRIES(BFloat16, float, bfloat16_float32)
+CA3D_ENTRIES(Nearest, Nearest, float, float, float32_float32)
+CA3D_ENTRIES(Nearest, Nearest, double, double, float64_float64)
+CA3D_ENTRIES(Nearest, Nearest, Half, Half, float16_float16)
+CA3D_ENTRIES(Nearest, Nearest, Half, float, float16_float32)
+CA3D_ENTRIES(Nearest, Nearest, BFloat16, BFloat16, bfloat16_bfloat16)
+CA3D_ENTRIES(Nearest, Nearest, BFloat16, float, bfloat16_float32)
+CA3D_ENTRIES(Stochastic, LargestDraw, Half, Half, float16_float16_stochastic)
+CA3D_ENTRIES(Stochastic, LargestDraw, BFloat16, BFloat16, bfloat16_bfloat16_stochastic)
+CA3D_ENTRIES(Compensated, Compensated, Half, Half, float16_float16_compensated)
+CA3D_ENTRIES(Compensated, Compensated, BFloat16, BFloat16, bfloat16_bfloat16_compensated)
 
 namespace {
 
-// The kernels of one pair of types.
+// The kernels of one pair of types and one way of rounding.
 template <class Real>
 struct Kernels {
   using Small = void (*)(PreParamArguments<Real, kSmallTable>);
@@ -253,15 +316,34 @@ struct Kernels {
   }
 };
 
-#define CA3D_KERNELS(types)                                                     \
-  {ca3d_preparam_step_##types##_small, ca3d_preparam_overflows_##types##_small, \
-   CA3D_LARGE_KERNELS(types)}
+#define CA3D_KERNELS(suffix)                                                      \
+  {ca3d_preparam_step_##suffix##_small, ca3d_preparam_overflows_##suffix##_small, \
+   CA3D_LARGE_KERNELS(suffix)}
 
 const Kernels<float> kFloat32 = CA3D_KERNELS(float32_float32);
 const Kernels<double> kFloat64 = CA3D_KERNELS(float64_float64);
-const Kernels<float> kFloat16[2] = {CA3D_KERNELS(float16_float16), CA3D_KERNELS(float16_float32)};
-const Kernels<float> kBFloat16[2] = {CA3D_KERNELS(bfloat16_bfloat16),
-                                     CA3D_KERNELS(bfloat16_float32)};
+const Kernels<float> kFloat16Mixed = CA3D_KERNELS(float16_float32);
+const Kernels<float> kBFloat16Mixed = CA3D_KERNELS(bfloat16_float32);
+// By Rounding.
+const Kernels<float> kFloat16[] = {CA3D_KERNELS(float16_float16),
+                                   CA3D_KERNELS(float16_float16_stochastic),
+                                   CA3D_KERNELS(float16_float16_compensated)};
+const Kernels<float> kBFloat16[] = {CA3D_KERNELS(bfloat16_bfloat16),
+                                    CA3D_KERNELS(bfloat16_bfloat16_stochastic),
+                                    CA3D_KERNELS(bfloat16_bfloat16_compensated)};
+
+const Kernels<float>& kernels_of(const PreParamStep& step) {
+  const bool mixed = step.pre_param != step.param;
+  const auto rounding = static_cast<size_t>(step.rounding);
+  switch (step.param) {
+    case DType::kFloat16:
+      return mixed ? kFloat16Mixed : kFloat16[rounding];
+    case DType::kBFloat16:
+      return mixed ? kBFloat16Mixed : kBFloat16[rounding];
+    default:
+      return kFloat32;
+  }
+}
 
 void run(const PreParamStep& step, const PreParamRun* runs, int64_t count,
          const PreParamDevice& addresses, bool overflows, int device, void* stream) {
@@ -269,16 +351,10 @@ void run(const PreParamStep& step, const PreParamRun* runs, int64_t count,
   const auto queue = static_cast<cudaStream_t>(stream);
   const std::vector<PreParamRun> kept = nonempty(runs, count);
   const int64_t tensors = static_cast<int64_t>(kept.size());
-  const bool mixed = step.pre_param != step.param;
-  switch (step.param) {
-    case DType::kFloat64:
-      return kFloat64.run(step, kept.data(), tensors, addresses, overflows, queue);
-    case DType::kFloat32:
-      return kFloat32.run(step, kept.data(), tensors, addresses, overflows, queue);
-    case DType::kFloat16:
-      return kFloat16[mixed].run(step, kept.data(), tensors, addresses, overflows, queue);
-    case DType::kBFloat16:
-      return kBFloat16[mixed].run(step, kept.data(), tensors, addresses, overflows, queue);
+  if (step.param == DType::kFloat64) {
+    kFloat64.run(step, kept.data(), tensors, addresses, overflows, queue);
+  } else {
+    kernels_of(step).run(step, kept.data(), tensors, addresses, overflows, queue);
   }
 }
 

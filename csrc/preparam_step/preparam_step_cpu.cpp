@@ -323,7 +323,7 @@ struct Kernel {
   // Fetches what a loop with much arithmetic will need soon: it leaves the processor no room to
   // look so far ahead.
   static void prefetch(const Elements& x) {
-    constexpr int64_t kAhead = 512, kLine = 64;
+    constexpr int64_t kAhead = 1024, kLine = 64;
     for (int64_t at = 0; at < Rounding::kVectors * kCount; at += kLine / sizeof(Param)) {
       __builtin_prefetch(x.param + kAhead + at, 1);
       __builtin_prefetch(x.grad + kAhead + at);

@@ -45,6 +45,8 @@ struct PreParamArguments {
   PreParamNumbers<Real> numbers;
   double gradient_scale;  // as given, for the division by grad_scale
   PreParamDevice device;
+  uint64_t seed;
+  uint32_t steps;
   int32_t nesterov;
   int32_t tensors;
   // Chunks of tensor i are those of the blocks first_block[i] .. first_block[i + 1] - 1.
@@ -64,7 +66,8 @@ struct PreParamLaunch {
 std::vector<PreParamLaunch> plan_preparam(const PreParamRun* runs, int64_t count,
                                           bool allow_large = true);
 
-// Name of the kernel in the compiled code, such as ca3d_preparam_step_float16_float32_small.
+// Name of the kernel in the compiled code, such as ca3d_preparam_step_float16_float32_small or,
+// where rounding isn't to nearest, ca3d_preparam_step_float16_float16_stochastic_small.
 std::string entry_name(const PreParamStep& step, const PreParamLaunch& launch, bool overflows);
 
 // The kernel's argument, as bytes.
@@ -102,6 +105,8 @@ PreParamArguments<Real, kTensors> arguments_of(const PreParamStep& step,
   a.numbers = numbers_of<Real>(step);
   a.gradient_scale = step.gradient_scale;
   a.device = device;
+  a.seed = step.seed;
+  a.steps = step.steps;
   a.nesterov = step.nesterov;
   a.tensors = launch.tensors;
   for (int32_t i = 0; i < launch.tensors; ++i) {

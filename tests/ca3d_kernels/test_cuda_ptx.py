@@ -139,7 +139,7 @@ def field(plan: dict, name: str) -> int:
     return int.from_bytes(parameter["bytes"][at : at + 4], "little")
 
 
-def step_batch(dtype: torch.dtype, wide: torch.dtype) -> Batch:
+def step_batch(dtype: torch.dtype, wide: torch.dtype, rounding: str) -> Batch:
     torch.manual_seed(0)
     sizes = (5000, 3, 4096, 16)
     w = [(torch.randn(n) * 0.1).to(dtype) for n in sizes]
@@ -147,28 +147,40 @@ def step_batch(dtype: torch.dtype, wide: torch.dtype) -> Batch:
     theta = [(x * 128).to(wide) for x in w]
     momenta = [torch.randn(n).to(wide) for n in sizes]
     hyper = Hyperparameters(lr=0.05, momentum=0.9, weight_decay=5e-3)
-    return Batch(w, grads, theta, momenta, hyper, 128.0, 128.0)
+    batch = Batch(w, grads, theta, momenta, hyper, 128.0, 128.0, rounding, seed=3, steps=7)
+    if rounding != "compensated":
+        return batch
+    return batch._replace(compensations=[(torch.randn(n) * 1e-3).to(wide) for n in sizes])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "dtypes",
+    ("dtype", "wide", "rounding"),
     [
-        (torch.float16, torch.float16),
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
+        (torch.float16, torch.float16, "nearest"),
+        (torch.float16, torch.float16, "stochastic"),
+        (torch.float16, torch.float16, "compensated"),
+        (torch.float16, torch.float32, "nearest"),
+        (torch.bfloat16, torch.bfloat16, "nearest"),
+        (torch.bfloat16, torch.bfloat16, "stochastic"),
+        (torch.bfloat16, torch.bfloat16, "compensated"),
+        (torch.bfloat16, torch.float32, "nearest"),
+        (torch.float32, torch.float32, "nearest"),
+        (torch.float64, torch.float64, "nearest"),
     ],
     ids=str,
 )
 def test_step(
-    dtypes: tuple[torch.dtype, torch.dtype], arch: int, emulated_library: ModuleType
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    rounding: str,
+    arch: int,
+    emulated_library: ModuleType,
 ) -> None:
-    ours, reference = step_batch(*dtypes), step_batch(*dtypes)
+    ours, reference = (step_batch(dtype, wide, rounding) for _ in range(2))
     found = torch.zeros(())
-    tensors = [*ours.params, *ours.grads, *ours.pre_params, *ours.momenta, found]
+    tensors = [*ours.written(), *ours.grads, found]
+    states = 3 if rounding == "compensated" else 2
     table, *rest = library_arguments(ours)
     arguments = (np.frombuffer(array("q", table), np.int64), *rest, (0, 0, found.data_ptr()))
     for overflows in (True, False):
@@ -176,18 +188,14 @@ def test_step(
         moved = execute("preparam_step", arch, plan, tensors)
         elements = sum(x.numel() for x in ours.params)
         sizes = [x.element_size() for x in (ours.params[0], ours.pre_params[0])]
-        read = elements * (sizes[0] + 2 * sizes[1])
+        read = elements * (sizes[0] + states * sizes[1])
         written = 0 if overflows else read
         # Each thread reads found_inf, too.
         assert moved["ld_bytes"] - 4 * 256 * plan["grid"][0] * (not overflows) <= 1.05 * read
         assert moved["st_bytes"] == written
     assert found.item() == 0
     ReferenceKernels().step(reference)
-    for x, y in zip(
-        [*ours.params, *ours.pre_params, *ours.momenta],
-        [*reference.params, *reference.pre_params, *reference.momenta],
-        strict=True,
-    ):
+    for x, y in zip(ours.written(), reference.written(), strict=True):
         assert_same_bits(x, y)
 
 

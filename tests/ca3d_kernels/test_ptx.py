@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_cases import assert_rounded
 from ptx_runner import ORDERS, needs_ptx_runner, races, run
+from step_cases import assert_same_bits
 from torch import Tensor
 
 from ca3d_kernels.local_attention import reference
@@ -17,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 from ca3d_kernels import problems
 from ca3d_kernels.local_attention import triton as attention
 from ca3d_kernels.preparam_step import triton as step
-from ca3d_kernels.preparam_step.op import ReferenceKernels
+from ca3d_kernels.preparam_step.op import Batch, ReferenceKernels
 from ca3d_kernels.qkv_attention import reference as qkv_reference
 from ca3d_kernels.qkv_attention import triton as qkv
 from ca3d_kernels.triton_launch import Launch
@@ -176,35 +177,42 @@ def test_qkv_attention(name: str, arch: str) -> None:
         assert_close(a, b, c, what)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "arch"),
-    [("float16", arch) for arch in ARCHS] + [("bfloat16", "sm_90"), ("float32", "sm_90")],
-)
-def test_preparam_step(dtype: str, arch: str) -> None:
-    values = {**problems.DEFAULTS["preparam_step"], "dtype": dtype, "pre_param_dtype": dtype}
-    values |= {"small_tensors": 3, "small_size": 37, "large_tensors": 1, "large_size": 5001}
+def shared_step(values: dict[str, Any]) -> Batch:
+    """A batch of random numbers in memory that a forked process shares."""
     batch = problems.step_batch(values, torch.device("cpu"))
     for tensors in (batch.params, batch.grads, batch.pre_params, batch.momenta):
         tensors[:] = [shared(torch.randn(x.shape).to(x.dtype)) for x in tensors]
+    rests = [shared((torch.randn(x.shape) * 1e-3).to(x.dtype)) for x in batch.compensations]
+    return batch._replace(compensations=rests, seed=3, steps=7, cache={})
+
+
+STEPS = [("float16", "nearest", arch) for arch in ARCHS]
+STEPS += [("bfloat16", "nearest", "sm_90"), ("float32", "nearest", "sm_90")]
+STEPS += [
+    (dtype, rounding, arch)
+    for dtype, arch in (("float16", "sm_90"), ("float16", "sm_120"), ("bfloat16", "sm_80"))
+    for rounding in ("stochastic", "compensated")
+]
+
+
+@pytest.mark.parametrize(("dtype", "rounding", "arch"), STEPS)
+def test_preparam_step(dtype: str, rounding: str, arch: str) -> None:
+    values = {**problems.DEFAULTS["preparam_step"], "dtype": dtype, "pre_param_dtype": dtype}
+    values |= {"small_tensors": 3, "small_size": 37, "large_tensors": 1, "large_size": 5001}
+    batch = shared_step({**values, "rounding": rounding})
     found = shared(torch.zeros(()))
-    copied = [[x.clone() for x in xs] for xs in (batch.params, batch.pre_params, batch.momenta)]
-    expected = batch._replace(params=copied[0], pre_params=copied[1], momenta=copied[2])
+    written = ("params", "pre_params", "momenta", "compensations")
+    expected = batch._replace(
+        **{name: [x.clone() for x in getattr(batch, name)] for name in written}
+    )
     ReferenceKernels().step(expected)
     (search,), (launch,) = step.launches(batch, found, overflows=True), step.launches(batch, found)
-    for described in (search, launch):
-        for name in ("chunks", "hyper"):
-            table = described.arguments[name]
-            assert isinstance(table, Tensor)
-            described.arguments[name] = shared(table)
+    share([search, launch])
     run(search, arch)
     assert found.item() == 0
     run(launch, arch)
-    for ours, theirs in zip(
-        batch.params + batch.pre_params + batch.momenta,
-        expected.params + expected.pre_params + expected.momenta,
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(batch.written(), expected.written(), strict=True):
+        assert_same_bits(ours, theirs)
     # With a gradient that isn't finite, the search finds it and the step writes nothing.
     batch.grads[1][36] = torch.inf
     before = [x.clone() for x in batch.params]
@@ -257,16 +265,11 @@ def test_traffic_of_the_projection() -> None:
 
 def test_traffic_of_the_step() -> None:
     values = {**problems.DEFAULTS["preparam_step"], "small_tensors": 0, "large_tensors": 1}
-    batch = problems.step_batch({**values, "large_size": 16384}, torch.device("cpu"))
-    for tensors in (batch.params, batch.grads, batch.pre_params, batch.momenta):
-        tensors[:] = [shared(torch.randn(x.shape).to(x.dtype)) for x in tensors]
+    batch = shared_step({**values, "large_size": 16384})
     found = shared(torch.zeros(()))
     for overflows, per_element in ((True, 6), (False, 12)):
         (launch,) = step.launches(batch, found, overflows=overflows)
-        for name in ("chunks", "hyper"):
-            table = launch.arguments[name]
-            assert isinstance(table, Tensor)
-            launch.arguments[name] = shared(table)
+        share([launch])
         # Not bytes: a number that all threads read is one sector, but counted once a thread.
         traffic = run(launch, "sm_90")
         assert 32 * traffic.sectors <= 1.1 * per_element * 16384

@@ -24,7 +24,9 @@ ARCHS = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120
 CASES = {(case.op, case.name): case for case in problems.cases()}
 QUICK = [CASES[op, "stage 1"] for op in ("local_attention", "qkv_attention")]
 QUICK.append(CASES["qkv_attention", "stage 1, published"])
-QUICK.append(CASES["preparam_step", "small model"])
+QUICK += [
+    CASES["preparam_step", f"small model{kind}"] for kind in ("", ", stochastic", ", compensated")
+]
 
 
 def check(case: Case, arch: str) -> int:

@@ -427,6 +427,17 @@ inline double __dadd_rn(double x, double y) {
   return x + y;
 }
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 using std::isfinite;
 using std::max;
 using std::min;

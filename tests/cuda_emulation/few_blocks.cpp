@@ -48,16 +48,16 @@ void attend(const LocalAttentionProblem& p, int64_t shift = 0) {
   run(plan_backward(p, q.rows(), k.rows(), v.rows(), go.rows(), dq.rows(), dk.rows(), dv.rows()));
 }
 
-void step(int tensors, int64_t count) {
-  const ca3d::PreParamStep options = {
-      DType::kFloat16, DType::kFloat16,          0.1, 0.9, 0, 0, 128, 1,
-      false,           ca3d::Rounding::kNearest, 0,   0};
-  std::vector<std::vector<uint16_t>> memory(static_cast<size_t>(4 * tensors),
+void step(int tensors, int64_t count, ca3d::Rounding rounding) {
+  const ca3d::PreParamStep options = {DType::kFloat16, DType::kFloat16, 0.1, 0.9, 0, 0, 128, 1,
+                                      false,           rounding,        7,   3};
+  std::vector<std::vector<uint16_t>> memory(static_cast<size_t>(5 * tensors),
                                             std::vector<uint16_t>(static_cast<size_t>(count)));
+  const bool compensated = rounding == ca3d::Rounding::kCompensated;
   std::vector<ca3d::PreParamRun> runs;
-  for (size_t i = 0; i < memory.size(); i += 4) {
+  for (size_t i = 0; i < memory.size(); i += 5) {
     runs.push_back({memory[i].data(), memory[i + 1].data(), memory[i + 2].data(),
-                    memory[i + 3].data(), nullptr, count, 0});
+                    memory[i + 3].data(), compensated ? memory[i + 4].data() : nullptr, count, 0});
   }
   memory[1][0] = 0x7c00;  // infinity
   float found_inf = 0;
@@ -78,7 +78,10 @@ int main() {
     attend({DType::kBFloat16, 1, 2, 1, 6, 20, {9, 1, false, Edge::kZero}, 0.1, nullptr}, 1);
     const int64_t table[] = {1, 0, 0, 2, 1, 1, 1, 2, 1, 0, 0, 0};
     attend({DType::kFloat16, 1, 2, 2, 7, 64, {3, 1, false, Edge::kZero}, 0.1, table});
-    step(2, 4100);
+    for (const auto rounding :
+         {ca3d::Rounding::kNearest, ca3d::Rounding::kStochastic, ca3d::Rounding::kCompensated}) {
+      step(2, 4100, rounding);
+    }
   }
   std::printf("done\n");
   return 0;

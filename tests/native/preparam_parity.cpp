@@ -279,9 +279,7 @@ Case random_case(const Types& types) {
   c.step.scale = one_of({128.0, 100.0, 0.3, -2.0});
   c.step.gradient_scale = one_of({c.step.scale, 1.0, 1.0 / 1024});
   c.step.nesterov = c.with_momentum && random_below(2);
-#ifndef CA3D_CUDA_EMULATION  // the CUDA kernels round to nearest
   c.step.rounding = static_cast<ca3d::Rounding>(random_below(3));
-#endif
   c.step.seed = random_bits();
   c.step.steps = static_cast<uint32_t>(random_bits());
   for (int64_t n = 1 + random_below(4); n > 0; --n) {

@@ -21,6 +21,15 @@ CASES = {
     "dampening": {"momentum": 0.9, "dampening": 0.1},
     "other map": {"momentum": 0.9, "mapping": LinearMapping(100.0, 0.1)},
     "float32 masters": {"momentum": 0.9, "pre_param_dtype": torch.float32, "skip_nonfinite": True},
+    "stochastic": {"momentum": 0.9, "rounding": "stochastic", "seed": 2**62 + 5},
+    "stochastic, plain": {"rounding": "stochastic", "skip_nonfinite": True},
+    "compensated": {"momentum": 0.9, "rounding": "compensated", "weight_decay": 5e-3},
+    "compensated, nesterov": {
+        "momentum": 0.9,
+        "nesterov": True,
+        "rounding": "compensated",
+        "skip_nonfinite": True,
+    },
 }
 
 
@@ -47,14 +56,15 @@ def test_equals_the_reference_bit_for_bit(case: str, dtype: torch.dtype) -> None
         assert_same_bits(x, y, f"tensor {i}")
 
 
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_bit_pattern_of_a_gradient(dtype: torch.dtype) -> None:
+def test_every_bit_pattern_of_a_gradient(dtype: torch.dtype, rounding: str) -> None:
     grad = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     results = []
     for backend in ("triton", "reference"):
         w = nn.Parameter(torch.linspace(-1, 1, 2**16).to(dtype))
         w.grad = grad
-        optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, backend=backend)
+        optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, rounding=rounding, backend=backend)
         optimizer.step()
         results.append([w, *optimizer.state[w].values()])
     for x, y in zip(*results, strict=True):
@@ -62,14 +72,19 @@ def test_every_bit_pattern_of_a_gradient(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 6e4])
-@pytest.mark.parametrize("where", [0, 4096 + 34, 2 * step.CHUNK + 34])
-def test_a_step_that_overflows_writes_nothing(where: int, bad: float) -> None:
+@pytest.mark.parametrize(
+    ("where", "rounding"),
+    [(0, "nearest"), (4096 + 34, "stochastic"), (2 * step.CHUNK + 34, "compensated")],
+)
+def test_a_step_that_overflows_writes_nothing(where: int, bad: float, rounding: str) -> None:
     # 6e4 is finite, but 128 times it isn't.
     (w,) = parameters(torch.float16, [2 * step.CHUNK + 35])
     before = w.detach().clone()
     w.grad = torch.zeros_like(w)
     w.grad[where] = bad
-    optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, skip_nonfinite=True, backend="triton")
+    optimizer = PreParamSGD(
+        [w], lr=0.5, momentum=0.9, rounding=rounding, skip_nonfinite=True, backend="triton"
+    )
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert torch.equal(w, before)
@@ -79,12 +94,25 @@ def test_a_step_that_overflows_writes_nothing(where: int, bad: float) -> None:
     assert optimizer.skipped_steps == 1
 
 
-def test_tensors_that_are_not_aligned() -> None:
+def test_overflow_of_the_weight_with_any_draw() -> None:
+    # w = 2 theta, and theta between 32752, the largest, and 32768: it could become the latter.
+    for gradient, expected in ((-32.0, False), (-32.5, True)):
+        theta = [torch.full((300,), 32736.0).half()]
+        grads = [torch.full((300,), gradient).half()]
+        w = [torch.zeros(300).half()]
+        hyper = Hyperparameters(1.0)
+        one = op.Batch(w, grads, theta, [], hyper, 0.5, 0.5, rounding="stochastic")
+        for kernels in (step.TritonKernels(), op.ReferenceKernels()):
+            assert bool(kernels.overflows(one)) == expected
+
+
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
+def test_tensors_that_are_not_aligned(rounding: str) -> None:
     results = []
     for backend in ("triton", "reference"):
         storage = torch.linspace(-1, 1, 10_001).half()
         params = [nn.Parameter(storage[1:5000]), nn.Parameter(storage[5008:])]
-        results.append(trained(params, backend, momentum=0.9))
+        results.append(trained(params, backend, momentum=0.9, rounding=rounding))
     for x, y in zip(*results, strict=True):
         assert_same_bits(x, y)
 

@@ -27,6 +27,7 @@ CASES = pairwise_cases(
         "weight_decay": (0.0, 5e-3),
         "mapping": (LinearMapping(), LinearMapping(100.0, 0.1), LinearMapping(0.3)),
         "skip_nonfinite": (False, True),
+        "rounding": op.ROUNDINGS,
         "order": range(len(ORDERS)),
     },
     lambda case: (
@@ -65,27 +66,33 @@ def test_equals_the_reference_bit_for_bit(case: dict, emulated_cuda: ModuleType)
 def test_many_tensors(count: int, emulated_cuda: ModuleType) -> None:
     # More than a small table holds, and more than a large one.
     sizes = [i % 5 for i in range(count)]
-    expected = trained(parameters(torch.float16, sizes), "reference", momentum=0.9)
-    assert_all_same(trained(parameters(torch.float16, sizes), "cuda", momentum=0.9), expected)
+    options = {"momentum": 0.9, "rounding": "stochastic"}
+    expected = trained(parameters(torch.float16, sizes), "reference", **options)
+    assert_all_same(trained(parameters(torch.float16, sizes), "cuda", **options), expected)
 
 
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unaligned_tensors(dtype: torch.dtype, emulated_cuda: ModuleType) -> None:
+def test_unaligned_tensors(dtype: torch.dtype, rounding: str, emulated_cuda: ModuleType) -> None:
     def shifted() -> list[nn.Parameter]:
         return [nn.Parameter(w.detach()[1:]) for w in parameters(dtype, (66, 4200))]
 
-    expected = trained(shifted(), "reference", momentum=0.9)
-    assert_all_same(trained(shifted(), "cuda", momentum=0.9), expected)
+    options = {"momentum": 0.9, "rounding": rounding}
+    expected = trained(shifted(), "reference", **options)
+    assert_all_same(trained(shifted(), "cuda", **options), expected)
 
 
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_bit_pattern_of_a_gradient(dtype: torch.dtype, emulated_cuda: ModuleType) -> None:
+def test_every_bit_pattern_of_a_gradient(
+    dtype: torch.dtype, rounding: str, emulated_cuda: ModuleType
+) -> None:
     grad = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     results = []
     for backend in ("cuda", "reference"):
         w = nn.Parameter(torch.linspace(-1, 1, 2**16).to(dtype))
         w.grad = grad
-        optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, backend=backend)
+        optimizer = PreParamSGD([w], lr=0.5, momentum=0.9, rounding=rounding, backend=backend)
         optimizer.step()
         results.append([w, *optimizer.state[w].values()])
     assert_all_same(*results)
@@ -116,6 +123,24 @@ def test_overflows_are_found_anywhere(
     assert kernels.overflows(batch).item() == 1
     after = [*batch.params, *batch.pre_params, *batch.momenta]
     assert_all_same(after, before)
+
+
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
+def test_overflow_of_the_weight_with_any_draw(rounding: str, emulated_library: ModuleType) -> None:
+    # w = 2 theta, and theta between 32752, the largest, and 32768: with stochastic rounding it
+    # could become the latter.
+    kernels = CudaKernels(emulated_library)
+    for gradient, expected in ((-32.0, False), (-32.5, rounding == "stochastic"), (-64.0, True)):
+        grads = [torch.full((300,), gradient, dtype=torch.float16)]
+        batch = batch_of(grads, torch.float16, 0.5, momentum=0)
+        batch.pre_params[0].fill_(32736)
+        batch = batch._replace(
+            hyper=Hyperparameters(lr=1.0),
+            rounding=rounding,
+            compensations=[torch.zeros(300).half()] if rounding == "compensated" else [],
+        )
+        for some in (kernels, op.ReferenceKernels()):
+            assert bool(some.overflows(batch)) == expected
 
 
 def test_found_inf_skips_on_the_device(emulated_library: ModuleType) -> None:
