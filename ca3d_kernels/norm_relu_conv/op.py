@@ -19,7 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ca3d_kernels import backends
+from ca3d_kernels import backends, half_storage
 from ca3d_kernels.norm_relu_conv import reference
 
 _OPERANDS = 6  # y, weight, bias, residual, conv_weight, conv_bias
@@ -224,12 +224,11 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.movedim(1, -1).is_contiguous() else _empty(x).copy_(x)
 
 
-def _convolved(y: Tensor) -> torch.dtype:
-    """The dtype in which torch convolves tensors like y quickly."""
+def _is_convolved_quickly(y: Tensor) -> bool:
+    """Whether torch has a convolution of y's dtype that isn't many times slower than float32."""
     if y.device.type != "cpu" or y.dtype in (torch.float32, torch.float64):
-        return y.dtype
-    native = y.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+        return True
+    return y.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _plain_precision(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -252,8 +251,7 @@ def _forward(
     y = _dense(y)
     residual = None if residual is None else _dense(residual)
     keep = options.keep_z or conv_weight is None
-    dtype = _convolved(y)
-    z = _empty(y, dtype=y.dtype if keep else dtype)
+    z = _empty(y)
 
     mean, variance = _run(
         y,
@@ -263,15 +261,17 @@ def _forward(
     if conv_weight is None:
         return y.new_empty(0), z, mean, variance
     with _plain_precision(y.device.type):
-        output = torch.conv2d(
-            z.to(dtype),
-            conv_weight.to(dtype),
-            None if conv_bias is None else conv_bias.to(dtype),
-            options.stride,
-            options.padding,
-            groups=options.groups,
-        )
-    return _dense(output.to(y.dtype)), z if keep else y.new_empty(0), mean, variance
+        convolve = torch.convolution if _is_convolved_quickly(y) else _convolve_in_float32
+        output = convolve(z, conv_weight, conv_bias, *_convolution_options(options))
+    return _dense(output), z if keep else y.new_empty(0), mean, variance
+
+
+def _convolve_in_float32(z: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    return half_storage.convolve(z, weight, bias, options)
+
+
+def _convolution_options(options: Options) -> tuple[Any, ...]:
+    return list(options.stride), list(options.padding), [1, 1], False, [0, 0], options.groups
 
 
 def _backward(
@@ -289,11 +289,11 @@ def _backward(
     needs_z, needs_y, options = arguments[0], arguments[1], Options(*arguments[2:])
     y = _dense(y)
     grad_z = None if grad_z is None else _dense(grad_z)
-    conv_gradients: tuple[Tensor, ...] = (y.new_empty(0), y.new_empty(0))
+    conv_gradients = [y.new_empty(0), y.new_empty(0)]
     own = grad is not None and conv_weight is not None
     if grad is not None and conv_weight is not None:
         if z is None:
-            z = _empty(y, dtype=_convolved(y))
+            z = _empty(y)
             made = z
             _run(
                 y,
@@ -303,18 +303,23 @@ def _backward(
                 ),
             )
             del made
-        dtype = _convolved(y)
+        grad = _dense(grad)
         with _plain_precision(y.device.type):
-            gradient = functools.partial(
-                _convolution_backward, _dense(grad).to(dtype), conv_weight.to(dtype), options
-            )
-            conv_gradients = gradient(z.to(dtype), (False, True, True))[1:]
-            # z is done with before its gradient takes as much memory. Of the input that gradient
-            # needs nothing but the shape: of fresh memory no page is touched.
-            del z
-            stand_in = y if y.dtype == dtype else _empty(y, dtype=dtype)
-            dz = _dense(gradient(stand_in, (True, False, False))[0].to(y.dtype))
-            del stand_in, gradient
+            if _is_convolved_quickly(y):
+                _, *conv_gradients = _convolution_backward(
+                    grad, conv_weight, options, z, (False, True, True)
+                )
+                # z is done with before its gradient takes as much memory. That gradient needs no
+                # values of it.
+                del z
+                dz = _convolution_backward(grad, conv_weight, options, y, (True, False, False))[0]
+            else:
+                gradients = half_storage.convolution_gradients(
+                    grad, z, conv_weight, _convolution_options(options), (True, True, True)
+                )
+                dz, *conv_gradients = (x for x in gradients if x is not None)
+                del z, gradients
+        dz = _dense(dz)
         more = grad_z
     else:
         assert grad_z is not None
@@ -346,12 +351,7 @@ def _convolution_backward(
         z,
         weight,
         [weight.shape[0]],
-        options.stride,
-        options.padding,
-        [1, 1],
-        False,
-        [0, 0],
-        options.groups,
+        *_convolution_options(options),
         mask,
     )
 
