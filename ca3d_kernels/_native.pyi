@@ -75,7 +75,6 @@ def normalise(
     residual: int,
     statistics: tuple[int, int],
     z: int,
-    wide: bool,
     threads: int,
 ) -> None: ...
 def normalise_again(
@@ -87,7 +86,6 @@ def normalise_again(
     y: int,
     statistics: tuple[int, int],
     z: int,
-    wide: bool,
     threads: int,
 ) -> None: ...
 def normalise_backward(

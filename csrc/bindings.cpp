@@ -99,26 +99,26 @@ Element* pointer(int64_t address) {
 // an address, 0 for none; what belongs to channels is in doubles.
 void normalise(const std::string& dtype, const std::array<int64_t, 2>& matrix, bool relu,
                const std::array<int64_t, 2>& affine, double eps, int64_t y, int64_t residual,
-               const std::array<int64_t, 2>& statistics, int64_t z, bool wide, int threads) {
+               const std::array<int64_t, 2>& statistics, int64_t z, int threads) {
   const ca3d::NormReluProblem problem{parse_dtype(dtype), matrix[0], matrix[1], relu};
   const ca3d::NormReluAffine parsed{pointer<const double>(affine[0]),
                                     pointer<const double>(affine[1]), eps};
   const py::gil_scoped_release release;
   ca3d::normalise(problem, parsed, pointer<const void>(y), pointer<const void>(residual),
                   pointer<double>(statistics[0]), pointer<double>(statistics[1]), pointer<void>(z),
-                  wide, threads);
+                  threads);
 }
 
 void normalise_again(const std::string& dtype, const std::array<int64_t, 2>& matrix, bool relu,
                      const std::array<int64_t, 2>& affine, double eps, int64_t y,
-                     const std::array<int64_t, 2>& statistics, int64_t z, bool wide, int threads) {
+                     const std::array<int64_t, 2>& statistics, int64_t z, int threads) {
   const ca3d::NormReluProblem problem{parse_dtype(dtype), matrix[0], matrix[1], relu};
   const ca3d::NormReluAffine parsed{pointer<const double>(affine[0]),
                                     pointer<const double>(affine[1]), eps};
   const py::gil_scoped_release release;
   ca3d::normalise_again(problem, parsed, pointer<const double>(statistics[0]),
                         pointer<const double>(statistics[1]), pointer<const void>(y),
-                        pointer<void>(z), wide, threads);
+                        pointer<void>(z), threads);
 }
 
 // gradients is (dweight, dbias).
@@ -162,10 +162,10 @@ PYBIND11_MODULE(_native, m) {
   def_preparam(m, "preparam_sgd_step_overflows", &preparam<ca3d::preparam_sgd_step_overflows>);
   m.def("normalise", &normalise, py::arg("dtype"), py::arg("matrix"), py::arg("relu"),
         py::arg("affine"), py::arg("eps"), py::arg("y"), py::arg("residual"), py::arg("statistics"),
-        py::arg("z"), py::arg("wide"), py::arg("threads"));
+        py::arg("z"), py::arg("threads"));
   m.def("normalise_again", &normalise_again, py::arg("dtype"), py::arg("matrix"), py::arg("relu"),
         py::arg("affine"), py::arg("eps"), py::arg("y"), py::arg("statistics"), py::arg("z"),
-        py::arg("wide"), py::arg("threads"));
+        py::arg("threads"));
   m.def("normalise_backward", &normalise_backward, py::arg("dtype"), py::arg("matrix"),
         py::arg("relu"), py::arg("affine"), py::arg("eps"), py::arg("y"), py::arg("statistics"),
         py::arg("dz"), py::arg("more"), py::arg("dy"), py::arg("gradients"), py::arg("threads"));

@@ -42,7 +42,6 @@ class NativeKernels:
             *_addresses(y, residual),
             _addresses(mean, variance),
             z.data_ptr(),
-            z.dtype != y.dtype,
             torch.get_num_threads(),
         )
         return mean, variance
@@ -68,7 +67,6 @@ class NativeKernels:
             y.data_ptr(),
             _addresses(mean, variance),
             z.data_ptr(),
-            z.dtype != y.dtype,
             torch.get_num_threads(),
         )
 

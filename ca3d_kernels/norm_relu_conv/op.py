@@ -71,7 +71,7 @@ class Kernels(Protocol):
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Writes ``(x - mean) / sqrt(variance + eps) * weight + bias + residual``, rounded to y's
-        dtype, into z, which may be float32 with y in half precision. Returns mean and variance."""
+        dtype, into z. Returns mean and variance."""
 
     def normalise_again(
         self,
@@ -209,11 +209,11 @@ backends.register(
 backends.register("norm_relu_conv", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
 
 
-def _empty(like: Tensor, shape: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+def _empty(like: Tensor, shape: Any = None) -> Tensor:
     """Uninitialised (N, C, H, W), physically (N, H, W, C)."""
     return torch.empty(
         like.shape if shape is None else shape,
-        dtype=dtype or like.dtype,
+        dtype=like.dtype,
         device=like.device,
         memory_format=torch.channels_last,
     )

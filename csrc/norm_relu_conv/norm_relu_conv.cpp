@@ -110,12 +110,10 @@ class Folded {
 
   // Address of an element; null stays null.
   template <class Pointer>
-  Pointer at(Pointer data, int64_t element, bool wide = false) const {
+  Pointer at(Pointer data, int64_t element) const {
     using Byte =
         std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
-    const int64_t size =
-        wide && problem_.dtype != DType::kFloat64 ? 4 : element_size(problem_.dtype);
-    return data ? static_cast<Byte*>(data) + element * size : nullptr;
+    return data ? static_cast<Byte*>(data) + element * element_size(problem_.dtype) : nullptr;
   }
 
   int64_t fold, width, rows, left, tasks;
@@ -212,7 +210,7 @@ void norm_relu_statistics(const NormReluProblem& problem, const void* y, double*
 }
 
 void norm_relu_apply(const NormReluProblem& problem, const NormReluCoefficients& coefficients,
-                     const void* y, const void* residual, void* z, bool wide, int threads) {
+                     const void* y, const void* residual, void* z, int threads) {
   const Folded folded(problem, threads);
   const Columns mean(problem, folded, coefficients.mean);
   const Columns scale(problem, folded, coefficients.scale);
@@ -224,7 +222,7 @@ void norm_relu_apply(const NormReluProblem& problem, const NormReluCoefficients&
   const NormReluKernels& run = kernels();
   folded.for_rows([&](const NormReluTask& task, int64_t start) {
     run.apply(task, folded.at(y, start), folded.at(residual, start), mean.data(), scale.data(),
-              bias.data(), folded.at(z, start, wide), wide);
+              bias.data(), folded.at(z, start));
   });
 }
 
@@ -284,27 +282,26 @@ std::vector<double> scales(const NormReluProblem& problem, const NormReluAffine&
 }
 
 void apply_affine(const NormReluProblem& problem, const NormReluAffine& affine, const double* mean,
-                  const double* variance, const void* y, const void* residual, void* z, bool wide,
+                  const double* variance, const void* y, const void* residual, void* z,
                   int threads) {
   const std::vector<double> scale = scales(problem, affine, variance);
   norm_relu_apply(problem, {mean, scale.data(), affine.bias, nullptr, nullptr}, y, residual, z,
-                  wide, threads);
+                  threads);
 }
 
 }  // namespace
 
 void normalise(const NormReluProblem& problem, const NormReluAffine& affine, const void* y,
-               const void* residual, double* mean, double* variance, void* z, bool wide,
-               int threads) {
+               const void* residual, double* mean, double* variance, void* z, int threads) {
   norm_relu_statistics(problem, y, mean, variance, threads);
-  apply_affine(problem, affine, mean, variance, y, residual, z, wide, threads);
+  apply_affine(problem, affine, mean, variance, y, residual, z, threads);
 }
 
 void normalise_again(const NormReluProblem& problem, const NormReluAffine& affine,
-                     const double* mean, const double* variance, const void* y, void* z, bool wide,
+                     const double* mean, const double* variance, const void* y, void* z,
                      int threads) {
   check(problem, threads);
-  apply_affine(problem, affine, mean, variance, y, nullptr, z, wide, threads);
+  apply_affine(problem, affine, mean, variance, y, nullptr, z, threads);
 }
 
 void normalise_backward(const NormReluProblem& problem, const NormReluAffine& affine,

@@ -36,10 +36,9 @@ struct NormReluCoefficients {
 void norm_relu_statistics(const NormReluProblem& problem, const void* y, double* mean,
                           double* variance, int threads);
 
-// Writes z; residual may be null. With `wide`, z is stored as float (the values are rounded to
-// the dtype of y all the same); z may be the residual's memory otherwise.
+// Writes z, which may be the residual's memory; residual may be null.
 void norm_relu_apply(const NormReluProblem& problem, const NormReluCoefficients& coefficients,
-                     const void* y, const void* residual, void* z, bool wide, int threads);
+                     const void* y, const void* residual, void* z, int threads);
 
 // Sums of dz and of dz * (x - mean), `channels` numbers each. `more`, unless null, is added to dz
 // first, in place.
@@ -61,12 +60,11 @@ struct NormReluAffine {
 // z = (x - mean) / sqrt(variance + eps) * weight + bias (+ residual), by the statistics of x, which
 // are written to mean and variance; see norm_relu_apply.
 void normalise(const NormReluProblem& problem, const NormReluAffine& affine, const void* y,
-               const void* residual, double* mean, double* variance, void* z, bool wide,
-               int threads);
+               const void* residual, double* mean, double* variance, void* z, int threads);
 
 // The same z by statistics that are known already.
 void normalise_again(const NormReluProblem& problem, const NormReluAffine& affine,
-                     const double* mean, const double* variance, const void* y, void* z, bool wide,
+                     const double* mean, const double* variance, const void* y, void* z,
                      int threads);
 
 // Adds `more` to dz unless it is null; writes the gradients of weight and bias and, unless it is
@@ -90,7 +88,7 @@ struct NormReluKernels {
   // Mean of each column, and its sum of squared distances from it.
   void (*statistics)(const NormReluTask&, const void* y, double* mean, double* squares);
   void (*apply)(const NormReluTask&, const void* y, const void* residual, const void* mean,
-                const void* scale, const void* bias, void* z, bool wide);
+                const void* scale, const void* bias, void* z);
   void (*reduce)(const NormReluTask&, const void* y, void* dz, const void* more, const void* mean,
                  double* sum, double* product);
   void (*backward)(const NormReluTask&, const void* y, const void* dz, const void* mean,

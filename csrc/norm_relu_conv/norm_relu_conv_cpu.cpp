@@ -147,16 +147,18 @@ struct Kernel {
 
   // ---- apply ----
 
-  template <class To>
-  static void apply_to(const NormReluTask& task, const Stored* y, const Stored* residual,
-                       const Real* mean, const Real* scale, const Real* bias, To* z) {
+  static void apply(const NormReluTask& task, const void* from, const void* more, const void* means,
+                    const void* scales, const void* biases, void* to) {
+    const auto *y = static_cast<const Stored*>(from), *residual = static_cast<const Stored*>(more);
+    const auto *mean = static_cast<const Real*>(means), *scale = static_cast<const Real*>(scales);
+    const auto* bias = static_cast<const Real*>(biases);
+    auto* z = static_cast<Stored*>(to);
     const auto one = [&](int64_t column, auto access) {
       V x = rectified(access.template read<Real>(y + column)) -
             access.template read<Real>(mean + column);
       x = x * access.template read<Real>(scale + column) +
           access.template read<Real>(bias + column);
       if (residual) x += access.template read<Real>(residual + column);
-      if (sizeof(To) != sizeof(Stored)) x = as_stored<Stored>(x);
       access.template write<Real>(z + column, x);
     };
     for (int64_t row = 0; row < task.rows; ++row) {
@@ -166,19 +168,6 @@ struct Kernel {
       y += task.width;
       z += task.width;
       if (residual) residual += task.width;
-    }
-  }
-
-  static void apply(const NormReluTask& task, const void* y, const void* residual, const void* mean,
-                    const void* scale, const void* bias, void* z, bool wide) {
-    const auto* from = static_cast<const Stored*>(y);
-    const auto* more = static_cast<const Stored*>(residual);
-    const auto *m = static_cast<const Real*>(mean), *s = static_cast<const Real*>(scale);
-    const auto* b = static_cast<const Real*>(bias);
-    if (wide) {
-      apply_to(task, from, more, m, s, b, static_cast<Real*>(z));
-    } else {
-      apply_to(task, from, more, m, s, b, static_cast<Stored*>(z));
     }
   }
 
@@ -289,9 +278,8 @@ void statistics(const NormReluTask& task, const void* y, double* mean, double* s
 }
 
 void apply(const NormReluTask& task, const void* y, const void* residual, const void* mean,
-           const void* scale, const void* bias, void* z, bool wide) {
-  with_kernel(task,
-              [&](auto kernel) { kernel.apply(task, y, residual, mean, scale, bias, z, wide); });
+           const void* scale, const void* bias, void* z) {
+  with_kernel(task, [&](auto kernel) { kernel.apply(task, y, residual, mean, scale, bias, z); });
 }
 
 void reduce(const NormReluTask& task, const void* y, void* dz, const void* more, const void* mean,

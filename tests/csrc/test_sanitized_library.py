@@ -49,7 +49,7 @@ y, z = (np.zeros((rows, channels), np.float32) for _ in range(2))
 columns = [np.zeros(channels).ctypes.data for _ in range(4)]
 matrix = (rows + int(sys.argv[1]), channels)
 addresses = (y.ctypes.data, 0, columns[2:], z.ctypes.data)
-native.normalise("float32", matrix, True, columns[:2], 1e-5, *addresses, False, 1)
+native.normalise("float32", matrix, True, columns[:2], 1e-5, *addresses, 1)
 """,
     "preparam_step": """
 import numpy as np

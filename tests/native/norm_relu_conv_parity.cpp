@@ -48,7 +48,7 @@ struct Case {
   Format format;
   NormReluProblem problem;
   double shift;  // added to all values of y
-  bool with_more, wide;
+  bool with_more;
 };
 
 [[noreturn]] void fail(const Case& c, const char* what, double found, double expected) {
@@ -76,7 +76,7 @@ struct Results {
         variance(c.problem.channels),
         sum(c.problem.channels),
         product(c.problem.channels),
-        z(c.problem.rows * c.problem.channels, c.wide ? kFloat32 : c.format),
+        z(c.problem.rows * c.problem.channels, c.format),
         dz(c.problem.rows * c.problem.channels, c.format),
         dy(c.problem.rows * c.problem.channels, c.format) {}
 
@@ -117,7 +117,7 @@ void check(const Case& c) {
     for (int64_t i = 0; i < count; ++i) r.dz.set(i, gradient.get(i));
     ca3d::norm_relu_statistics(c.problem, y.data(), r.mean.data(), r.variance.data(), threads);
     ca3d::norm_relu_apply(c.problem, numbers, y.data(), c.with_more ? residual.data() : nullptr,
-                          r.z.data(), c.wide, threads);
+                          r.z.data(), threads);
     ca3d::norm_relu_reduce(c.problem, center.data(), y.data(), r.dz.data(),
                            c.with_more ? residual.data() : nullptr, r.sum.data(), r.product.data(),
                            threads);
@@ -180,7 +180,6 @@ Case random_case(const Format& format) {
   // A mean far above the deviation, as long as the format can tell the values apart.
   c.shift = format.bytes > 2 && random_below(3) == 0 ? 300 : 0;
   c.with_more = random_below(2);
-  c.wide = format.bytes == 2 && random_below(2);
   return c;
 }
 

@@ -101,7 +101,7 @@ def gradients(
 def test_float16_is_as_exact_as_torch_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     regime = precision.create("float16")
     errors, torch_errors = [], []
-    clips, labels = batch(16)
+    clips, labels = batch(96)  # fewer make the statistics of the last blocks a matter of luck
     half = clips.half()
     for seed in range(3):
         model = regime.prepare(tiny(seed))

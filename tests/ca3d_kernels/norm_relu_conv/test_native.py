@@ -30,12 +30,12 @@ def test_the_library_refuses_bad_sizes() -> None:
     ):
         matrix, none = (rows, channels), (0, 0)
         with pytest.raises(ValueError, match=message):
-            native.normalise("float32", matrix, True, none, 0.0, 0, 0, none, 0, False, threads)
+            native.normalise("float32", matrix, True, none, 0.0, 0, 0, none, 0, threads)
         with pytest.raises(ValueError, match=message):
-            native.normalise_again("float32", matrix, True, none, 0.0, 0, none, 0, False, threads)
+            native.normalise_again("float32", matrix, True, none, 0.0, 0, none, 0, threads)
         with pytest.raises(ValueError, match=message):
             native.normalise_backward(
                 "float32", matrix, True, none, 0.0, 0, none, 0, 0, 0, none, threads
             )
     with pytest.raises(ValueError, match="dtype 'int8' is not supported"):
-        native.normalise("int8", (1, 1), True, (0, 0), 0.0, 0, 0, (0, 0), 0, False, 1)
+        native.normalise("int8", (1, 1), True, (0, 0), 0.0, 0, 0, (0, 0), 0, 1)
