@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ca3d_kernels import backends, pages
+from ca3d_kernels.norm_relu_conv.op import Norm, Statistics
 
 _DTYPES = {
     torch.float32: "float32",
@@ -21,51 +22,32 @@ class NativeKernels:
         assert native is not None
         self._native = native
 
-    def normalise(
-        self,
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        eps: float,
-        relu: bool,
-        z: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def normalise(self, y: Tensor, residual: Tensor | None, norm: Norm, z: Tensor) -> Statistics:
         """See `op.Kernels`."""
         pages.prepare(self._native, z)
-        weight, bias = weight.double(), bias.double()
-        mean, variance = _two_of_channels(y)
+        weight, bias = norm.weight.double(), norm.bias.double()
+        statistics = Statistics(*_two_of_channels(y))
         self._native.normalise(
-            *_problem(y, relu),
+            *_problem(y, norm.relu),
             _addresses(weight, bias),
-            eps,
+            norm.eps,
             *_addresses(y, residual),
-            _addresses(mean, variance),
+            _addresses(*statistics),
             z.data_ptr(),
             torch.get_num_threads(),
         )
-        return mean, variance
+        return statistics
 
-    def normalise_again(
-        self,
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
-        z: Tensor,
-    ) -> None:
+    def normalise_again(self, y: Tensor, norm: Norm, statistics: Statistics, z: Tensor) -> None:
         """See `op.Kernels`."""
         pages.prepare(self._native, z)
-        weight, bias = weight.double(), bias.double()
+        weight, bias = norm.weight.double(), norm.bias.double()
         self._native.normalise_again(
-            *_problem(y, relu),
+            *_problem(y, norm.relu),
             _addresses(weight, bias),
-            eps,
+            norm.eps,
             y.data_ptr(),
-            _addresses(mean, variance),
+            _addresses(*statistics),
             z.data_ptr(),
             torch.get_num_threads(),
         )
@@ -75,24 +57,21 @@ class NativeKernels:
         y: Tensor,
         dz: Tensor,
         more: Tensor | None,
-        weight: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
+        norm: Norm,
+        statistics: Statistics,
         dy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See `op.Kernels`."""
         if dy is not None and dy is not dz:
             pages.prepare(self._native, dy)
-        weight = weight.double()
+        weight = norm.weight.double()
         dweight, dbias = _two_of_channels(y)
         self._native.normalise_backward(
-            *_problem(y, relu),
+            *_problem(y, norm.relu),
             (weight.data_ptr(), 0),
-            eps,
+            norm.eps,
             y.data_ptr(),
-            _addresses(mean, variance),
+            _addresses(*statistics),
             *_addresses(dz, more, dy),
             _addresses(dweight, dbias),
             torch.get_num_threads(),

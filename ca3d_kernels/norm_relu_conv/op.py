@@ -5,12 +5,8 @@
   that a call doesn't have are empty tensors.
 - Kernels provide first derivatives. Double backward and whatever follows differentiate the
   definition in `reference`; forward mode and functorch transforms run it instead of the op.
-- The convolution is torch's. On a CPU, float16 is convolved in float32, on copies that live no
-  longer than the convolution, and so is bfloat16 where the CPU can't convolve it: torch's own path
-  there is many times slower.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -19,8 +15,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ca3d_kernels import backends, half_storage
-from ca3d_kernels.norm_relu_conv import reference
+from ca3d_kernels import backends
+from ca3d_kernels.norm_relu_conv import convolution, reference
 
 _OPERANDS = 6  # y, weight, bias, residual, conv_weight, conv_bias
 _BACKWARD_OPERANDS = 9  # grad, grad_z, y, z, mean, variance, weight, bias, conv_weight
@@ -52,6 +48,33 @@ class Options(NamedTuple):
         del options["backend"], options["keep_z"]
         return options
 
+    @property
+    def geometry(self) -> convolution.Geometry:
+        """Of the convolution."""
+        return convolution.Geometry(self.stride, self.padding, self.groups)
+
+
+class Norm(NamedTuple):
+    """A batch normalisation: what is learned, and how it is applied.
+
+    Attributes:
+        weight, bias: (C,).
+        eps: added to the variance.
+        relu: whether the input is rectified first.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    relu: bool
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of every channel, (C,) in float64."""
+
+    mean: Tensor
+    variance: Tensor
+
 
 class Kernels(Protocol):
     """What a backend provides for this op.
@@ -60,30 +83,11 @@ class Kernels(Protocol):
     of weight and bias are (C,) in float64. x is relu(y), or y without `relu`.
     """
 
-    def normalise(
-        self,
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        eps: float,
-        relu: bool,
-        z: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def normalise(self, y: Tensor, residual: Tensor | None, norm: Norm, z: Tensor) -> Statistics:
         """Writes ``(x - mean) / sqrt(variance + eps) * weight + bias + residual``, rounded to y's
-        dtype, into z. Returns mean and variance."""
+        dtype, into z. Returns mean and variance of x."""
 
-    def normalise_again(
-        self,
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
-        z: Tensor,
-    ) -> None:
+    def normalise_again(self, y: Tensor, norm: Norm, statistics: Statistics, z: Tensor) -> None:
         """Writes the same without a residual, by known statistics."""
 
     def backward(
@@ -91,11 +95,8 @@ class Kernels(Protocol):
         y: Tensor,
         dz: Tensor,
         more: Tensor | None,
-        weight: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
+        norm: Norm,
+        statistics: Statistics,
         dy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Adds `more` to dz in place, then writes the gradient of y into dy, which may be dz, or
@@ -105,77 +106,48 @@ class Kernels(Protocol):
 class ReferenceKernels:
     """The definition in torch operations, on any device."""
 
-    def normalise(
-        self,
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        eps: float,
-        relu: bool,
-        z: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def normalise(self, y: Tensor, residual: Tensor | None, norm: Norm, z: Tensor) -> Statistics:
         """See `Kernels`."""
-        mean, variance = (m.double() for m in reference.statistics(y, relu))
-        value = self._normalised(y, weight, bias, mean, variance, eps, relu)
+        statistics = Statistics(*(m.double() for m in reference.statistics(y, norm.relu)))
+        value = _normalised(y, norm, statistics)
         if residual is not None:
             value += residual
         z.copy_(value.to(y.dtype))
-        return mean, variance
+        return statistics
 
-    def normalise_again(
-        self,
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
-        z: Tensor,
-    ) -> None:
+    def normalise_again(self, y: Tensor, norm: Norm, statistics: Statistics, z: Tensor) -> None:
         """See `Kernels`."""
-        z.copy_(self._normalised(y, weight, bias, mean, variance, eps, relu).to(y.dtype))
+        z.copy_(_normalised(y, norm, statistics).to(y.dtype))
 
     def backward(
         self,
         y: Tensor,
         dz: Tensor,
         more: Tensor | None,
-        weight: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
+        norm: Norm,
+        statistics: Statistics,
         dy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         if more is not None:
             dz += more
-        inverse = (variance + eps).rsqrt()
-        wide, normalised = dz.to(reference.computed(dz.dtype)), _centred(y, mean, relu)
-        normalised *= _column(inverse, y)
-        dweight, dbias = ((wide * normalised).sum((0, 2, 3)), wide.sum((0, 2, 3)))
+        inverse = (statistics.variance + norm.eps).rsqrt()
+        wide = dz.to(reference.computed(dz.dtype))
+        normalised = _centred(y, statistics.mean, norm.relu).mul_(_column(inverse, y))
+        dweight, dbias = (wide * normalised).sum((0, 2, 3)), wide.sum((0, 2, 3))
         if dy is not None:
             count = y.numel() // y.shape[1]
             inner = wide - _column(dbias / count, y)
             inner -= normalised.mul_(_column(dweight / count, y))
-            inner *= _column(weight.double() * inverse, y)
-            dy.copy_(inner.masked_fill_(y <= 0, 0) if relu else inner)
+            inner *= _column(norm.weight.double() * inverse, y)
+            dy.copy_(inner.masked_fill_(y <= 0, 0) if norm.relu else inner)
         return dweight.double(), dbias.double()
 
-    @staticmethod
-    def _normalised(
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        relu: bool,
-    ) -> Tensor:
-        scale = weight.double() * (variance + eps).rsqrt()
-        return _centred(y, mean, relu).mul_(_column(scale, y)).add_(_column(bias, y))
+
+def _normalised(y: Tensor, norm: Norm, statistics: Statistics) -> Tensor:
+    scale = norm.weight.double() * (statistics.variance + norm.eps).rsqrt()
+    centred = _centred(y, statistics.mean, norm.relu)
+    return centred.mul_(_column(scale, y)).add_(_column(norm.bias, y))
 
 
 def _column(values: Tensor, y: Tensor) -> Tensor:
@@ -224,20 +196,6 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.movedim(1, -1).is_contiguous() else _empty(x).copy_(x)
 
 
-def _is_convolved_quickly(y: Tensor) -> bool:
-    """Whether torch has a convolution of y's dtype that isn't many times slower than float32."""
-    if y.device.type != "cpu" or y.dtype in (torch.float32, torch.float64):
-        return True
-    return y.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _plain_precision(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Keeps autocast from changing the dtype of a convolution inside the op."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _forward(
     y: Tensor,
     weight: Tensor,
@@ -250,28 +208,12 @@ def _forward(
     options = Options(*arguments)
     y = _dense(y)
     residual = None if residual is None else _dense(residual)
-    keep = options.keep_z or conv_weight is None
-    z = _empty(y)
-
-    mean, variance = _run(
-        y,
-        options,
-        lambda run: run.normalise(y, weight, bias, residual, options.eps, options.relu, z),
-    )
+    norm, z = Norm(weight, bias, options.eps, options.relu), _empty(y)
+    statistics = _run(y, options, lambda run: run.normalise(y, residual, norm, z))
     if conv_weight is None:
-        return y.new_empty(0), z, mean, variance
-    with _plain_precision(y.device.type):
-        convolve = torch.convolution if _is_convolved_quickly(y) else _convolve_in_float32
-        output = convolve(z, conv_weight, conv_bias, *_convolution_options(options))
-    return _dense(output), z if keep else y.new_empty(0), mean, variance
-
-
-def _convolve_in_float32(z: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    return half_storage.convolve(z, weight, bias, options)
-
-
-def _convolution_options(options: Options) -> tuple[Any, ...]:
-    return list(options.stride), list(options.padding), [1, 1], False, [0, 0], options.groups
+        return y.new_empty(0), z, *statistics
+    output = _dense(convolution.convolve(z, conv_weight, conv_bias, options.geometry))
+    return output, z if options.keep_z else y.new_empty(0), *statistics
 
 
 def _backward(
@@ -287,72 +229,35 @@ def _backward(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     needs_z, needs_y, options = arguments[0], arguments[1], Options(*arguments[2:])
+    norm, statistics = Norm(weight, bias, options.eps, options.relu), Statistics(mean, variance)
     y = _dense(y)
-    grad_z = None if grad_z is None else _dense(grad_z)
-    conv_gradients = [y.new_empty(0), y.new_empty(0)]
     own = grad is not None and conv_weight is not None
+    dz, more = None, None if grad_z is None else _dense(grad_z)
+    conv_gradients = [y.new_empty(0), y.new_empty(0)]
     if grad is not None and conv_weight is not None:
         if z is None:
             z = _empty(y)
             made = z
-            _run(
-                y,
-                options,
-                lambda run: run.normalise_again(
-                    y, weight, bias, mean, variance, options.eps, options.relu, made
-                ),
-            )
+            _run(y, options, lambda run: run.normalise_again(y, norm, statistics, made))
             del made
-        grad = _dense(grad)
-        with _plain_precision(y.device.type):
-            if _is_convolved_quickly(y):
-                _, *conv_gradients = _convolution_backward(
-                    grad, conv_weight, options, z, (False, True, True)
-                )
-                # z is done with before its gradient takes as much memory. That gradient needs no
-                # values of it.
-                del z
-                dz = _convolution_backward(grad, conv_weight, options, y, (True, False, False))[0]
-            else:
-                gradients = half_storage.convolution_gradients(
-                    grad, z, conv_weight, _convolution_options(options), (True, True, True)
-                )
-                dz, *conv_gradients = (x for x in gradients if x is not None)
-                del z, gradients
+        inputs = [z]
+        del z
+        dz, *conv_gradients = convolution.gradients(
+            _dense(grad), inputs, y, conv_weight, options.geometry
+        )
         dz = _dense(dz)
-        more = grad_z
     else:
-        assert grad_z is not None
-        dz, more = grad_z, None
+        dz, more = more, None
     dy = None
     if needs_y:
         dy = dz if own and not needs_z else _empty(y)
-    dweight, dbias = _run(
-        y,
-        options,
-        lambda run: run.backward(
-            y, dz, more, weight, mean, variance, options.eps, options.relu, dy
-        ),
-    )
+    dweight, dbias = _run(y, options, lambda run: run.backward(y, dz, more, norm, statistics, dy))
     return (
         dz if own and needs_z else y.new_empty(0),
         y.new_empty(0) if dy is None else dy,
         dweight.to(weight.dtype),
         dbias.to(bias.dtype),
         *(x.to(y.dtype) for x in conv_gradients),
-    )
-
-
-def _convolution_backward(
-    grad: Tensor, weight: Tensor, options: Options, z: Tensor, mask: tuple[bool, ...]
-) -> tuple[Tensor, ...]:
-    return torch.ops.aten.convolution_backward(
-        grad,
-        z,
-        weight,
-        [weight.shape[0]],
-        *_convolution_options(options),
-        mask,
     )
 
 
@@ -373,11 +278,7 @@ def _fake_forward(
     mean, variance = (y.new_empty(y.shape[1], dtype=torch.float64) for _ in range(2))
     if conv_weight is None:
         return y.new_empty(0), _empty(y), mean, variance
-    size = [
-        (y.shape[i + 2] + 2 * options.padding[i] - conv_weight.shape[i + 2]) // options.stride[i]
-        + 1
-        for i in range(2)
-    ]
+    size = options.geometry.output_size(y, conv_weight)
     output = _empty(y, (y.shape[0], conv_weight.shape[0], *size))
     return output, _empty(y) if options.keep_z else y.new_empty(0), mean, variance
 
