@@ -255,7 +255,9 @@ def convolution_gradients(
         dpart, more_weight, more_bias = torch.ops.aten.convolution_backward(
             wide_grad, x[part].float(), wide_weight, outputs, *options, list(mask)
         )
-        if dx is not None:
+        if dx is not None and len(dpart) == len(x):
+            dx = dpart.to(x.dtype)
+        elif dx is not None:
             dx[part] = dpart
         dweight = more_weight if dweight is None else dweight.add_(more_weight)
         dbias = more_bias if dbias is None else dbias.add_(more_bias)
