@@ -232,6 +232,7 @@ def _interleaved(jobs: Sequence[Job], run: Callable[[Job], None], rounds: int) -
     seconds: list[list[float]] = [[] for _ in jobs]
     for number in range(rounds + 1):  # the first is for warming up
         for job, found in zip(jobs, seconds, strict=True):
+            precision.return_freed_memory(job.regime.compact)
             job.synchronize()
             begin = time.perf_counter()
             run(job)
@@ -266,6 +267,8 @@ def measure_memory(config: FootprintConfig, name: str, regime: str, device: str)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     place = torch.device(device)
+    if precision.create(regime).compact:
+        precision.return_freed_memory()
     # What libraries load at their first use is no cost of the model.
     small = FootprintConfig(batch=2, frames=config.frames, size=32)
     Job(small, "ca3d_tiny", regime, place).train()

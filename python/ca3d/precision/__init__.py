@@ -19,6 +19,7 @@ from ca3d.precision.float16 import (
     Float16Sqr,
     RawFloat16,
 )
+from ca3d.precision.memory import return_freed_memory
 from ca3d.precision.regime import Bfloat16, Float32, Regime, Step
 from ca3d.precision.simulated import FakeQuant, PtqFloat16
 
@@ -38,6 +39,7 @@ __all__ = [
     "create",
     "for_inference",
     "names",
+    "return_freed_memory",
 ]
 
 _REGIMES: dict[str, type[Regime]] = {

@@ -41,6 +41,7 @@ class Float16(Regime):
     mapping: ClassVar[PreParamMapping] = LinearMapping(128.0, loss_factor=128.0)
     rounding: ClassVar[str] = "nearest"
     pre_param_dtype: ClassVar[torch.dtype] = torch.float16
+    compact: ClassVar[bool] = True
 
     @property
     def loss_factor(self) -> float:

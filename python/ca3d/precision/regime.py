@@ -50,6 +50,8 @@ class Regime:
     name: ClassVar[str]
     #: Dtype of the weights files; None is that of the model.
     file_dtype: ClassVar[torch.dtype | None] = None
+    #: Whether it is chosen for its small memory: training then starts with `return_freed_memory`.
+    compact: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -52,6 +52,8 @@ def train(config: TrainConfig) -> TrainResult:
     config.validate()
     regime = precision.create(config.precision)
     device = choose_device(config.device)
+    if regime.compact:
+        precision.return_freed_memory()
     if not config.out:
         raise UserError("--out must name a folder for the run")
     with (
