@@ -10,7 +10,7 @@ from ca3d.errors import UserError
 from ca3d.options import option
 
 if TYPE_CHECKING:
-    from ca3d.data.folder import VideoFolder
+    from ca3d.training.loader import ClipDataset
     from ca3d.training.scoring import Scores
 
 
@@ -85,12 +85,12 @@ class EvalResult:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_scores(cls, scores: Scores, dataset: VideoFolder, **settings: Any) -> EvalResult:
+    def of_scores(cls, scores: Scores, dataset: ClipDataset, **settings: Any) -> EvalResult:
         """Puts names to scores.
 
         Args:
             scores: What `ca3d.training.scoring.score` returned for `dataset`.
-            dataset: Knows files and classes.
+            dataset: Knows samples and classes.
             **settings: Stored with the figures.
         """
         best = scores.probabilities.max(1)

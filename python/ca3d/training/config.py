@@ -103,6 +103,13 @@ class TrainConfig:
         " float16-root, qat, fake-quant, ptq-float16",
         "Model",
     )
+    precision_options: dict[str, Any] = option(
+        None,
+        "Further options of a float16 regime, as --precision-options.NAME VALUE: constant,"
+        " loss_factor, rounding",
+        "Model",
+        factory=dict,
+    )
     device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)", "Model")
 
     epochs: int = option(50, "Passes over the training split", "Recipe")

@@ -20,7 +20,7 @@ from ca3d.data.samples import Sample
 from ca3d.data.sampling import ClipSpec
 from ca3d.errors import UserError
 from ca3d.training.config import TrainConfig
-from ca3d.training.loader import default_workers
+from ca3d.training.loader import ClipDataset, default_workers
 from ca3d.training.logs import write_json
 
 # So many files are asked for their frame rate when the data set does not say it.
@@ -43,9 +43,9 @@ class Data:
         trained_on: What a model trained on this names as its training data.
     """
 
-    train: VideoFolder
-    val: VideoFolder | None
-    test: VideoFolder | None
+    train: ClipDataset
+    val: ClipDataset | None
+    test: ClipDataset | None
     classes: list[str]
     train_labels: list[int]
     clip: ClipSpec

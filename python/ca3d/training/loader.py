@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ca3d.data.samples import Sample
 from ca3d.errors import UserError
 
 
@@ -19,6 +20,7 @@ class ClipDataset(Protocol):
     """What the trainer needs of a data set: `ca3d.data.folder.VideoFolder` is one."""
 
     classes: list[str]
+    samples: list[Sample]
 
     def __len__(self) -> int: ...
 

@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> TrainResult:
         ca3d.errors.UserError: --lr must be a finite number above 0, not -1.0
     """
     config.validate()
-    regime = precision.create(config.precision)
+    regime = precision.create(config.precision, **config.precision_options)
     device = choose_device(config.device)
     if regime.compact:
         precision.return_freed_memory()
@@ -354,13 +354,17 @@ class Trainer:
         at.finished = stale or at.epoch + 1 >= self.epochs or self._enough_steps()
         # Short epochs need no new picture each.
         if at.finished or time.monotonic() - self._drawn > 10:
-            chance = 1 / len(self.data.classes)
-            plots.plot_curves(self.log.rows, self.folder.path / "curves.png", config.model, chance)
+            self._draw_curves()
             self._drawn = time.monotonic()
         at.begin_epoch(at.epoch + 1)
         self._save_resume_state()
         if not at.finished:
             self._stop_if_asked()
+
+    def _draw_curves(self) -> None:
+        chance = 1 / len(self.data.classes)
+        title, picture = self.config.model, self.folder.path / "curves.png"
+        plots.plot_curves(self.log.rows, picture, title, chance)
 
     def _validate(self, dataset: Any) -> Scores:
         def after_batch(done: int) -> None:
