@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from ca3d.demo import DemoConfig
     from ca3d.evaluate import EvalConfig
+    from ca3d.experiments.precision_study import PrecisionStudyConfig
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.training.config import TrainConfig
@@ -303,6 +304,17 @@ def footprint(config: FootprintConfig) -> None:
 
     rows = run(config, lambda line: print(line, file=sys.stderr))
     print(as_text(rows))
+
+
+def study_precision(config: PrecisionStudyConfig) -> None:
+    """Runs the precision study, and says where its report is.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.experiments.precision_study import run
+
+    print(f"report: {run(config)}")
 
 
 def info(config: InfoConfig) -> None:

@@ -123,7 +123,7 @@ def load(data: Mapping[str, Any], folder: Path, seed: int = 0, say: Say = silent
             frames and size of a clip, step (frames of the rendering from one frame to the next),
             scale (the rendering has so many times the size), control (one of `CONTROLS`), and
             segments, views, clutter and seed as in `ca3d.data.embedded`. All but the name have
-            defaults.
+            defaults. (score_train says whether the accuracy on the train split is wanted.)
         folder: Where clips are kept.
         seed: Of the draws of the control.
         say: Shows a line to the user.
@@ -142,6 +142,7 @@ def load(data: Mapping[str, Any], folder: Path, seed: int = 0, say: Say = silent
     """
     values = complete(data)
     control = values.pop("control")
+    values.pop("score_train")
     clips = _clips(json.dumps(values, sort_keys=True), folder, say)
     recipe = _recipe(values)
     share = clips["train"].transpose(0, 1).flatten(1)[:, ::7].double() / 255
@@ -207,6 +208,7 @@ _DEFAULTS: dict[str, Any] = {
     "step": 2,
     "scale": 2,
     "control": None,
+    "score_train": True,
     "segments": 2,
     "views": "side",
     "clutter": 0.0,

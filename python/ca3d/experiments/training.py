@@ -84,6 +84,7 @@ def train_cell(
         state = _resume_state(run, config)
         data = _data(cell, config, folder, path, say)
         trainer = _CellTrainer(config, data, regime, choose_device(device), run, Reporter())
+        trainer.score_train = cell.data.get("score_train", True)
         result = trainer.run(state)
         scores = trainer.scores
     test = scores["test"]
@@ -98,6 +99,7 @@ def train_cell(
         "val_top1": result.best_accuracy,
         "test_top1": test.metrics.top1,
         "classes": len(data.classes),
+        "clips": {name: 0 if part is None else len(part) for name, part in _splits(data).items()},
         "correct": _correct(test),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "cpu_seconds": round(time.process_time() - began, 2),
@@ -132,6 +134,7 @@ class _CellTrainer(Trainer):
     """The trainer without pictures; afterwards it scores the train split too."""
 
     scores: dict[str, Scores]
+    score_train = True
 
     def _draw_curves(self) -> None:
         pass
@@ -139,7 +142,9 @@ class _CellTrainer(Trainer):
     def _finish(self) -> TrainResult:
         at, path = self.progress, self.folder.path
         model, _ = weights.load(path / "best.safetensors", device=str(self.device))
-        splits: dict[str, ClipDataset | None] = {"test": self.data.test, "train": self.data.train}
+        splits: dict[str, ClipDataset | None] = {"test": self.data.test}
+        if self.score_train:
+            splits["train"] = self.data.train
         self.scores = {
             name: score(
                 model,
@@ -203,6 +208,10 @@ def _data(cell: Cell, config: TrainConfig, folder: Path, path: Path, say: clips.
     if "folder" in cell.data:
         return prepare_data(config, path, clips.silent)
     return clips.load(cell.data, folder / "clips", cell.seed, say)
+
+
+def _splits(data: Data) -> dict[str, ClipDataset | None]:
+    return {"train": data.train, "val": data.val, "test": data.test}
 
 
 def _correct(scores: Scores) -> str:
