@@ -31,9 +31,9 @@ def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_trained_network_is_bitwise_plain_float16_sgd() -> None:
-    # Every step of a training run is compared with plain float16 SGD (stored in float16, computed in
-    # float32) from the same state: w, momentum / 128 and the gradient that arrived. Where a value of
-    # plain SGD is subnormal the map keeps digits that plain SGD has not, so those are left out.
+    # Every step of a training run is compared with plain float16 SGD (stored in float16, computed
+    # in float32) from the same state: w, momentum / 128 and the gradient that arrived. Where a
+    # value of plain SGD is subnormal the map keeps digits that it has not: those are left out.
     torch.manual_seed(0)
     regime = Float16()
     model = regime.prepare(_network())
