@@ -118,7 +118,7 @@ class Float16(Regime):
     def optimizer(
         self,
         kind: str,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float = 0.9,

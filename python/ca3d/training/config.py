@@ -122,7 +122,11 @@ class TrainConfig:
         "Recipe",
     )
     momentum: float = option(0.9, "SGD's momentum, AdamW's beta 1", "Recipe")
-    weight_decay: float = option(5e-3, "Weight decay, on every parameter", "Recipe")
+    weight_decay: float = option(
+        5e-3,
+        "Weight decay, on every parameter but transformers' class tokens and positional tables",
+        "Recipe",
+    )
     schedule: Literal["published", "cosine", "onecycle", "constant"] = option(
         "published", "Learning rate over time", "Recipe"
     )

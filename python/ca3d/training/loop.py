@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ca3d import precision, weights
+from ca3d import models, precision, weights
 from ca3d.errors import UserError
 from ca3d.evaluate import EvalResult
 from ca3d.training import checkpoint, fine_tuning, plots
@@ -105,7 +105,7 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = regime.optimizer(
             config.optimizer,
-            self.parameters,
+            models.decay_groups(self.model),
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -163,14 +163,12 @@ class Trainer:
         return self._finish()
 
     def _make_model(self) -> nn.Module:
-        from ca3d import models
-
         config, data = self.config, self.data
         try:
-            model = models.create(
+            model = models.create_for_clips(
                 config.model,
                 num_classes=len(data.classes),
-                **{"frames": config.frames, **config.model_options},
+                **{"frames": config.frames, "size": config.size, **config.model_options},
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"--model {config.model}: {error}") from error
