@@ -464,7 +464,17 @@ class Trainer:
                 device=self.device,
             )
             result = EvalResult.of_scores(
-                scores, self.data.test, weights=str(best), epoch=at.best_epoch
+                scores,
+                self.data.test,
+                weights=str(best),
+                epoch=at.best_epoch,
+                split="test",
+                clips=1,
+                crops=1,
+                model=self.config.model,
+                precision=self.regime.name,
+                protocol=self.data.protocol.to_dict(),
+                missing=self.data.missing,
             )
             result.save(results.parent)
             test = result.to_dict()

@@ -21,6 +21,7 @@ from ca3d.training.logs import write_json
 FREE_OPTIONS = frozenset(
     {
         *("out", "data", "resume", "checkpoint_steps", "max_skipped", "early_stopping"),
+        "split_files",
         *("workers", "decoder", "device", "log_steps", "tensorboard", "progress"),
     }
 )
