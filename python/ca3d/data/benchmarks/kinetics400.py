@@ -8,6 +8,7 @@ train/abseiling/0347ZoDXyP0_000095_000105.mp4       a video may lie anywhere bel
 """
 
 import csv
+import re
 from pathlib import Path
 
 from ca3d.data.benchmarks.lists import OfficialLists, lines, videos_below
@@ -22,6 +23,7 @@ _NAMES = {
     "val": ("val", "validate", "validation"),
     "test": ("test",),
 }
+_CLIP = re.compile(r"(.{11})_\d{6}_\d{6}$")
 _PREFIXES = ("", "kinetics_", "kinetics400_", "kinetics_400_", "kinetics-400_")
 
 
@@ -60,7 +62,8 @@ def group_of(path: Path, label: str) -> str:
         >>> group_of(Path("0347ZoDXyP0_000095_000105.mp4"), "abseiling")
         '0347ZoDXyP0'
     """
-    return path.stem[:11]
+    match = _CLIP.match(path.stem)
+    return match[1] if match else path.stem
 
 
 def read(folder: Path, videos: Path, fold: int) -> OfficialLists:
