@@ -35,6 +35,7 @@ def train(config: TrainConfig) -> None:
     Args:
         config: The options.
     """
+    from ca3d.training.distributed import is_first
     from ca3d.training.loop import train as run
 
     _log_warnings()
@@ -45,6 +46,8 @@ def train(config: TrainConfig) -> None:
             config, out=f"runs/{Path(config.data).absolute().name}-{config.model}{split}"
         )
     result = run(config)
+    if not is_first():
+        return
     print(f"\nrun folder: {result.folder}")
     if result.best_accuracy == result.best_accuracy:
         print(
@@ -53,6 +56,11 @@ def train(config: TrainConfig) -> None:
         )
     if result.skipped:
         print(f"skipped steps (loss or gradient not finite): {result.skipped}")
+    if result.missing or result.unreadable:
+        print(
+            f"left out: {result.missing} missing and {result.unreadable} unreadable videos, listed"
+            f" in {result.folder / 'splits'}"
+        )
     if result.test is not None:
         _print_summary(result.test, "test split, read once, best epoch")
     print(f"use it: ca3d predict VIDEO --weights {result.folder / 'best.safetensors'}")

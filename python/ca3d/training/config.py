@@ -98,6 +98,11 @@ class TrainConfig(SplitOptions):
         " ('(?!classifier)' freezes all but the classifier)",
         "Model",
     )
+    sync_bn: bool = option(
+        False,
+        "BatchNorm statistics over the clips of all processes (torchrun), not of each on its own",
+        "Model",
+    )
     freeze_bn: bool = option(False, "Keep BatchNorm statistics as they are", "Model")
     precision: str = option(
         "float32",
@@ -108,7 +113,9 @@ class TrainConfig(SplitOptions):
     device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)", "Model")
 
     epochs: int = option(50, "Passes over the training split", "Recipe")
-    batch_size: int = option(20, "Clips in a batch", "Recipe")
+    batch_size: int = option(
+        20, "Clips in a batch, over all processes (torchrun) together", "Recipe"
+    )
     accumulate: int = option(1, "Batches whose gradients make one optimizer step", "Recipe")
     optimizer: Literal["sgd", "adamw"] = option("sgd", "Optimizer", "Recipe")
     lr: float = option(

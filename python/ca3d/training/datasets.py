@@ -22,6 +22,7 @@ from ca3d.data.samples import Sample
 from ca3d.data.sampling import ClipSpec
 from ca3d.errors import UserError
 from ca3d.training.config import TrainConfig
+from ca3d.training.distributed import World
 from ca3d.training.loader import default_workers
 from ca3d.training.logs import write_csv, write_json
 
@@ -86,6 +87,29 @@ class Data:
             trained_on=self.trained_on,
             extra={"protocol": self.protocol.to_dict()},
         )
+
+    def list_unreadable(self, folder: Path, world: World) -> int:
+        """Writes the videos that could not be read so far, by any process, into the run folder.
+
+        Args:
+            folder: The run folder.
+            world: The processes of the run.
+
+        Returns:
+            Their number.
+        """
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        rows = []
+        for name, dataset in parts.items():
+            if dataset is not None:
+                world.any_of(dataset.unreadable)
+                rows += [
+                    {"path": str(path), "split": name, "reason": reason}
+                    for path, reason in (dataset.broken if world.is_first else {}).items()
+                ]
+        if rows:
+            write_csv(folder / "splits" / "unreadable.csv", rows)
+        return len(rows)
 
 
 def prepare_data(

@@ -85,11 +85,14 @@ def epoch_batches(length: int, batch_size: int, seed: int, epoch: int) -> list[l
 def default_workers() -> int:
     """Returns the number of reading processes that suits this machine: its cores, up to 4.
 
+    The processes of a run that share the machine share its cores.
+
     Example:
         >>> 1 <= default_workers() <= 4
         True
     """
-    return max(1, min(4, len(os.sched_getaffinity(0))))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(4, len(os.sched_getaffinity(0)) // here))
 
 
 def load_batches(
