@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ca3d.data.benchmarks import Protocol
 from ca3d.data.embedded.intervals import SPLITS
 from ca3d.data.embedded.maker import names
 from ca3d.data.embedded.recipe import Recipe
@@ -108,6 +109,16 @@ class ClipSet:
         """Makes later draws those of `epoch`."""
         self._epoch = epoch
 
+    @property
+    def unreadable(self) -> Tensor:
+        """No clip: they are in memory."""
+        return torch.zeros(len(self), dtype=torch.bool)
+
+    @property
+    def broken(self) -> dict[Path, str]:
+        """No file: the clips are in memory."""
+        return {}
+
     def _chosen_frames(self, index: int, frames: int) -> list[int]:
         rng = np.random.default_rng((self.seed, self._epoch, index) if self.training else index)
         if self.control == "shuffled":
@@ -178,6 +189,7 @@ def load(data: Mapping[str, Any], folder: Path, seed: int = 0, say: Say = silent
         mean=mean,
         std=std,
         trained_on=values["name"],
+        protocol=Protocol("lists", values["name"]),
     )
 
 

@@ -270,8 +270,8 @@ def _accuracies(
         "Test accuracy in percent, with the binomial interval over clips (as the paper prints) and"
         " a bootstrap over seeds and clips; difference to float32, paired by seed and clip, with p"
         " by Holm over all comparisons of this report. Unchanged: updates that leave theta as it"
-        " was; lost: those that no compensation keeps either; realised: what was done of the updates, in"
-        " their direction. c is the constant, v the loss factor.",
+        " was; lost: those that no compensation keeps either; realised: what was done of the"
+        " updates, in their direction. c is the constant, v the loss factor.",
         "",
         *table(
             [

@@ -22,6 +22,7 @@ from ca3d.experiments.rows import Row
 from ca3d.training import TrainConfig
 from ca3d.training.datasets import Data, prepare_data
 from ca3d.training.device import choose_device
+from ca3d.training.distributed import World
 from ca3d.training.loader import ClipDataset
 from ca3d.training.loop import Trainer
 from ca3d.training.progress import Reporter
@@ -200,7 +201,7 @@ def _resume_state(run: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
     if not run.has_resume_state:
         return None
     state = load_resume_state(run.resume_file)
-    run.check_same(state["config"], config.to_dict())
+    run.check_same(state["config"], config.to_dict(), state.get("processes", 1), World())
     return state
 
 
