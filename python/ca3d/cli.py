@@ -133,6 +133,17 @@ COMMANDS = (
         ),
     ),
     Command(
+        "compare",
+        "ca3d.experiments.compare:CompareConfig",
+        "compare",
+        "train models in precision regimes under several seeds, and compare them",
+        (
+            "ca3d compare my_videos --models ca3d,r3d_18 --regimes float32,float16",
+            "ca3d compare mocap30 --models ca3d_tiny,r3d_tiny --frames 8 --size 32 --epochs 10",
+            "ca3d compare UCF101 --preset table1a",
+        ),
+    ),
+    Command(
         "study precision",
         "ca3d.experiments.precision_study:PrecisionStudyConfig",
         "study_precision",
@@ -140,6 +151,16 @@ COMMANDS = (
         (
             "ca3d study precision --out studies/precision",
             "ca3d study precision --out studies/precision --only-report",
+        ),
+    ),
+    Command(
+        "study results",
+        "ca3d.experiments.results_study:ResultsConfig",
+        "study_results",
+        "compare small models at equal multiply-adds, with controls",
+        (
+            "ca3d study results --budget-hours 8 --out studies/results",
+            "ca3d study results --scale reduced --datasets motion-order --regimes float32",
         ),
     ),
     Command(
@@ -437,6 +458,7 @@ def _check_required(name: str, config: Any) -> None:
     required = {
         "train": ("data",),
         "eval": ("weights", "data"),
+        "compare": ("data",),
         "predict": ("path", "weights"),
         "convert": ("input", "out"),
         "data make": ("name", "out"),

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     )
     from ca3d.demo import DemoConfig
     from ca3d.evaluate import EvalConfig
+    from ca3d.experiments.compare import CompareConfig
     from ca3d.experiments.precision_study import PrecisionStudyConfig
+    from ca3d.experiments.results_study import ResultsConfig
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.training.config import TrainConfig
@@ -333,6 +335,18 @@ def footprint(config: FootprintConfig) -> None:
     print(as_text(rows))
 
 
+def compare(config: CompareConfig) -> None:
+    """Compares models, and says where the report is.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.experiments.compare import run
+
+    _log_warnings()
+    print(f"report: {run(config)}")
+
+
 def study_precision(config: PrecisionStudyConfig) -> None:
     """Runs the precision study, and says where its report is.
 
@@ -340,6 +354,17 @@ def study_precision(config: PrecisionStudyConfig) -> None:
         config: The options.
     """
     from ca3d.experiments.precision_study import run
+
+    print(f"report: {run(config)}")
+
+
+def study_results(config: ResultsConfig) -> None:
+    """Compares small models, and says where the report is.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.experiments.results_study import run
 
     print(f"report: {run(config)}")
 

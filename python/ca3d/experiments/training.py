@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import time
@@ -145,7 +146,10 @@ class _CellTrainer(Trainer):
         model, _ = weights.load(path / "best.safetensors", device=str(self.device))
         splits: dict[str, ClipDataset | None] = {"test": self.data.test}
         if self.score_train:
-            splits["train"] = self.data.train
+            # As the others are seen: central clips, nothing drawn.
+            train: Any = copy.copy(self.data.train)
+            train.training = False
+            splits["train"] = train
         self.scores = {
             name: score(
                 model,
