@@ -133,6 +133,37 @@ COMMANDS = (
         ),
     ),
     Command(
+        "compare",
+        "ca3d.experiments.compare:CompareConfig",
+        "compare",
+        "train models in precision regimes under several seeds, and compare them",
+        (
+            "ca3d compare my_videos --models ca3d,r3d_18 --regimes float32,float16",
+            "ca3d compare mocap30 --models ca3d_tiny,r3d_tiny --frames 8 --size 32 --epochs 10",
+            "ca3d compare UCF101 --preset table1a",
+        ),
+    ),
+    Command(
+        "study precision",
+        "ca3d.experiments.precision_study:PrecisionStudyConfig",
+        "study_precision",
+        "train a grid of small models in float16 and say what its parts repair",
+        (
+            "ca3d study precision --out studies/precision",
+            "ca3d study precision --out studies/precision --only-report",
+        ),
+    ),
+    Command(
+        "study results",
+        "ca3d.experiments.results_study:ResultsConfig",
+        "study_results",
+        "compare small models at equal multiply-adds, with controls",
+        (
+            "ca3d study results --budget-hours 8 --out studies/results",
+            "ca3d study results --scale reduced --datasets motion-order --regimes float32",
+        ),
+    ),
+    Command(
         "demo",
         "ca3d.demo:DemoConfig",
         "demo",
@@ -147,6 +178,13 @@ COMMANDS = (
         ("ca3d info", "ca3d info runs/mine", "ca3d info --models"),
     ),
 )
+
+
+#: Commands of two words, by the first one.
+GROUPS = {
+    "data": "make, check, divide and cache data sets",
+    "study": "train many small models to answer a question",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,8 +254,8 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
     found = parser.parse_args(arguments)
     name = found.command
     options = found[name]
-    if name == "data":
-        name = f"data {options.action}"
+    if name in GROUPS:
+        name = f"{name} {options.action}"
         options = options[options.action]
     command = next(command for command in COMMANDS if command.name == name)
     values = {k: v for k, v in options.as_dict().items() if k != "config"}
@@ -284,19 +322,21 @@ def make_parser(chosen: str = "") -> Any:
     commands = parser.add_subcommands(
         required=True, dest="command", metavar="COMMAND", title="commands", description=" "
     )
-    data = None
+    groups: dict[str, Any] = {}
     for command in COMMANDS:
         group, _, action = command.name.rpartition(" ")
         child = new_parser(command.help.capitalize() + ".", command.examples)
         if not group:
             commands.add_subcommand(command.name, child, help=command.help)
         else:
-            if data is None:
-                about = "make, check, divide and cache data sets"
-                data_parser = new_parser(about.capitalize() + ".")
-                commands.add_subcommand("data", data_parser, help=about)
-                data = data_parser.add_subcommands(required=True, dest="action", metavar="ACTION")
-            data.add_subcommand(action, child, help=command.help)
+            if group not in groups:
+                about = GROUPS[group]
+                parent = new_parser(about.capitalize() + ".")
+                commands.add_subcommand(group, parent, help=about)
+                groups[group] = parent.add_subcommands(
+                    required=True, dest="action", metavar="ACTION"
+                )
+            groups[group].add_subcommand(action, child, help=command.help)
         if not chosen or chosen.startswith(command.name):
             _add_options(child, load_config_class(command), jsonargparse.ActionConfigFile)
     return parser
@@ -401,7 +441,7 @@ def _dashed(argument: str) -> str:
 
 def _config_first(arguments: list[str]) -> list[str]:
     """Moves `--config FILE` in front of all other options, so that those override it."""
-    words = 2 if arguments[:1] == ["data"] else 1
+    words = 2 if arguments and arguments[0] in GROUPS else 1
     moved, kept = [], []
     rest = iter(arguments[words:])
     for argument in rest:
@@ -418,6 +458,7 @@ def _check_required(name: str, config: Any) -> None:
     required = {
         "train": ("data",),
         "eval": ("weights", "data"),
+        "compare": ("data",),
         "predict": ("path", "weights"),
         "convert": ("input", "out"),
         "data make": ("name", "out"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ca3d.data.split_options import SplitOptions
 from ca3d.options import option
 
 
@@ -90,7 +91,7 @@ class MakeConfig:
 
 
 @dataclass
-class CheckConfig:
+class CheckConfig(SplitOptions):
     """Every option of `ca3d data check`.
 
     Example:
@@ -126,7 +127,7 @@ class CacheConfig:
 
 
 @dataclass
-class SplitConfig:
+class SplitConfig(SplitOptions):
     """Every option of `ca3d data split`.
 
     Example:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     )
     from ca3d.demo import DemoConfig
     from ca3d.evaluate import EvalConfig
+    from ca3d.experiments.compare import CompareConfig
+    from ca3d.experiments.precision_study import PrecisionStudyConfig
+    from ca3d.experiments.results_study import ResultsConfig
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.training.config import TrainConfig
@@ -35,14 +38,19 @@ def train(config: TrainConfig) -> None:
     Args:
         config: The options.
     """
+    from ca3d.training.distributed import is_first
     from ca3d.training.loop import train as run
 
     _log_warnings()
     if not config.out:
+        split = f"-split{config.fold}" if config.fold != 1 else ""
+        split = f"{split}-published" if config.protocol == "published" else split
         config = dataclasses.replace(
-            config, out=f"runs/{Path(config.data).absolute().name}-{config.model}"
+            config, out=f"runs/{Path(config.data).absolute().name}-{config.model}{split}"
         )
     result = run(config)
+    if not is_first():
+        return
     print(f"\nrun folder: {result.folder}")
     if result.best_accuracy == result.best_accuracy:
         print(
@@ -51,6 +59,11 @@ def train(config: TrainConfig) -> None:
         )
     if result.skipped:
         print(f"skipped steps (loss or gradient not finite): {result.skipped}")
+    if result.missing or result.unreadable:
+        print(
+            f"left out: {result.missing} missing and {result.unreadable} unreadable videos, listed"
+            f" in {result.folder / 'splits'}"
+        )
     if result.test is not None:
         _print_summary(result.test, "test split, read once, best epoch")
     print(f"use it: ca3d predict VIDEO --weights {result.folder / 'best.safetensors'}")
@@ -196,8 +209,11 @@ def data_check(config: CheckConfig) -> int:
     Returns:
         0, or 1 when something is wrong.
     """
+    from ca3d.data.benchmarks import partition
     from ca3d.data.check import check
     from ca3d.data.sampling import ClipSpec
+
+    official = partition(config.data, config)
 
     try:
         clip = ClipSpec(frames=config.frames, stride=config.stride, frames_per_second=config.fps)
@@ -209,9 +225,12 @@ def data_check(config: CheckConfig) -> int:
                 workers=config.workers,
                 decoder=config.decoder,
                 progress=bar.update,
+                parts=None if official is None else official.splits,
             )
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
+    if official is not None:
+        report.notes[:0] = [official.describe(), *official.notes]
     print(_json(report.to_dict()) if config.json else report)
     return report.exit_status
 
@@ -246,6 +265,7 @@ def data_split(config: SplitConfig) -> None:
     Args:
         config: The options.
     """
+    from ca3d.data.benchmarks import partition
     from ca3d.data.splits import split_dataset
 
     shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
@@ -256,6 +276,15 @@ def data_split(config: SplitConfig) -> None:
         )
     if config.seed < 0:
         raise UserError(f"--seed must not be negative, not {config.seed}")
+    official = None
+    if config.list_file is None:
+        official = partition(config.data, config, val_fraction=config.val, seed=config.seed)
+    if official is not None:
+        if config.group is not None:
+            raise UserError(f"--group {config.group}: {official.protocol} has its own groups")
+        print(official.describe())
+        for note in official.notes:
+            print(f"  {note}")
     report = split_dataset(
         config.data,
         shares,
@@ -264,6 +293,7 @@ def data_split(config: SplitConfig) -> None:
         out=config.out,
         list_file=config.list_file,
         overwrite=config.force,
+        parts=None if official is None else official.splits,
     )
     print(report)
 
@@ -303,6 +333,40 @@ def footprint(config: FootprintConfig) -> None:
 
     rows = run(config, lambda line: print(line, file=sys.stderr))
     print(as_text(rows))
+
+
+def compare(config: CompareConfig) -> None:
+    """Compares models, and says where the report is.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.experiments.compare import run
+
+    _log_warnings()
+    print(f"report: {run(config)}")
+
+
+def study_precision(config: PrecisionStudyConfig) -> None:
+    """Runs the precision study, and says where its report is.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.experiments.precision_study import run
+
+    print(f"report: {run(config)}")
+
+
+def study_results(config: ResultsConfig) -> None:
+    """Compares small models, and says where the report is.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.experiments.results_study import run
+
+    print(f"report: {run(config)}")
 
 
 def info(config: InfoConfig) -> None:

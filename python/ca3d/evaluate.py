@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ca3d.data.split_options import SplitOptions
 from ca3d.errors import UserError
 from ca3d.options import option
 
 if TYPE_CHECKING:
-    from ca3d.data.folder import VideoFolder
+    from ca3d.data.samples import Sample
+    from ca3d.training.loader import ClipDataset
     from ca3d.training.scoring import Scores
+    from ca3d.weights import ModelInfo
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(SplitOptions):
     """Every option of `ca3d eval`; `ca3d eval --help` prints what each of them means.
 
     Raises:
@@ -51,6 +54,7 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Raises `UserError` for the first option whose value is not allowed."""
+        self.validate_split()
         for name in ("clips", "batch_size"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
@@ -85,12 +89,12 @@ class EvalResult:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_scores(cls, scores: Scores, dataset: VideoFolder, **settings: Any) -> EvalResult:
+    def of_scores(cls, scores: Scores, dataset: ClipDataset, **settings: Any) -> EvalResult:
         """Puts names to scores.
 
         Args:
             scores: What `ca3d.training.scoring.score` returned for `dataset`.
-            dataset: Knows files and classes.
+            dataset: Knows samples and classes.
             **settings: Stored with the figures.
         """
         best = scores.probabilities.max(1)
@@ -185,6 +189,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
     device = choose_device(config.device)
     model, info = weights.load(file, device=str(device))
     check_complete(info)
+    samples, protocol = (None, None) if config.list_file else _protocol_samples(config, info)
     dataset = VideoFolder(
         config.data,
         None if config.split == "all" or config.list_file else config.split,
@@ -196,6 +201,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         std=info.std,
         decoder=config.decoder,
         list_file=config.list_file,
+        samples=samples,
         classes=list(info.classes),
         color=info.color,
     )
@@ -223,10 +229,57 @@ def evaluate(config: EvalConfig) -> EvalResult:
         clips=config.clips,
         crops=config.crops,
         average=config.average,
+        model=info.model,
+        precision=info.precision,
+        protocol=protocol,
+        missing=len(dataset.missing),
     )
     if config.out is not None:
         result.save(config.out)
     return result
+
+
+def _protocol_samples(
+    config: EvalConfig, info: ModelInfo
+) -> tuple[list[Sample] | None, dict[str, Any] | None]:
+    """Returns the videos of a split by a protocol (None: the folder's own), and the protocol.
+
+    The split is the one that the model was trained on: of another one, training videos would be
+    tested on.
+    """
+    from dataclasses import replace
+
+    from ca3d.data.benchmarks import Protocol, partition
+    from ca3d.data.benchmarks.partition import VAL_FRACTION
+
+    trained = info.extra.get("protocol")
+    trained = Protocol(**trained) if trained else None
+    asked: SplitOptions = config
+    if trained is not None and trained.fold is not None and config.fold == 1:
+        asked = replace(config, fold=trained.fold)
+    if trained is not None and trained.name == "published":
+        asked = replace(asked, protocol="published")
+    given = partition(
+        config.data,
+        asked,
+        val_fraction=(trained.val_fraction if trained else None) or VAL_FRACTION,
+        seed=(trained.seed if trained and trained.name == "official" else None) or 0,
+    )
+    if given is None:
+        return None, trained.to_dict() if trained is not None else None
+    same = trained is None or trained.dataset != given.protocol.dataset
+    if not same and trained != given.protocol:
+        raise UserError(
+            f"{config.weights} was trained on {trained}; by {given.protocol} it would be tested on"
+            " videos that it was trained on"
+        )
+    if config.split == "all":
+        chosen = [s for part in given.splits.values() for s in part]
+    elif config.split in given.splits:
+        chosen = given.splits[config.split]
+    else:
+        raise UserError(f"--split {config.split}: {given.protocol} has no such part")
+    return chosen, given.protocol.to_dict()
 
 
 def weights_file(path: str | Path) -> Path:

@@ -257,6 +257,7 @@ def clip_spec(info: weights.ModelInfo) -> ClipSpec:
         frames_per_second=info.frames_per_second,
         size=info.size,
         resize=info.resize,
+        window=info.window,
     )
 
 

@@ -41,6 +41,7 @@ class ModelInfo:
         mean, std: of each input channel in that order, for values in 0 to 1; None when unknown.
         frames: frames of a clip.
         stride: distance of a clip's frames in the video.
+        window: frames read at that distance, of which a clip is the middle; None for `frames`.
         frames_per_second: of the videos that the model was trained on; None when unknown.
         size: side of the square crop in pixels.
         resize: length of the shorter side before cropping.
@@ -68,6 +69,7 @@ class ModelInfo:
     frames_per_second: float | None = None
     size: int = 112
     resize: int = 112
+    window: int | None = None
     precision: str = "float32"
     trained_on: str = ""
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -85,6 +87,10 @@ class ModelInfo:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.window is not None and self.window < self.frames:
+            raise ValueError(
+                f"window must be None or at least frames ({self.frames}), got {self.window!r}"
+            )
         rate = self.frames_per_second
         if rate is not None and not (_finite(rate) and rate > 0):
             raise ValueError(f"frames_per_second must be positive or None, got {rate!r}")

@@ -21,7 +21,7 @@ from ca3d.data.samples import (
     splits_of,
 )
 from ca3d.data.sampling import ClipSpec
-from ca3d.data.splits import Overlap, overlaps
+from ca3d.data.splits import Overlap, Split, overlaps
 
 Progress = Callable[[int, int, str], None]
 
@@ -182,6 +182,7 @@ def check(
     workers: int = 2,
     decoder: str = "auto",
     progress: Progress | None = None,
+    parts: Split | None = None,
 ) -> Report:
     """Looks over a data set: what is missing, unreadable, too short, or in two splits at once.
 
@@ -193,6 +194,7 @@ def check(
         workers: Videos at a time.
         decoder: As in `ca3d.data.reader.open_video`.
         progress: Called after each video with (done, total, path).
+        parts: The splits to look over instead of the data set's own.
 
     Returns:
         The report; `report.exit_status` is 1 if something must be put right.
@@ -209,7 +211,8 @@ def check(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     clip = clip or ClipSpec()
-    parts = {name: load_samples(root, name)[0] for name in splits_of(root)}
+    if parts is None:
+        parts = {name: load_samples(root, name)[0] for name in splits_of(root)}
     samples = [s for part in parts.values() for s in part] if parts else find_samples(root)
     report = Report(Path(root), workers=workers)
     unique = {s.path: s for s in samples}

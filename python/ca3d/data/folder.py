@@ -52,6 +52,7 @@ class VideoFolder(Dataset[Item | None]):
             speaks of left or right.
         augment: Training only: "light", the published augmentation, or "none".
         list_file: A list to take instead of the split's.
+        samples: Videos to take instead of a split's or a list's.
         classes: Class names in the order of the labels; None: those of the data set, sorted.
         color: "rgb" or "bgr".
         cache: A frame cache from `ca3d.data.cache.build`; "auto" uses the one in ROOT if it is
@@ -94,6 +95,7 @@ class VideoFolder(Dataset[Item | None]):
         flip: bool | None = None,
         augment: str = "light",
         list_file: str | os.PathLike[str] | None = None,
+        samples: Sequence[Sample] | None = None,
         classes: Sequence[str] | None = None,
         color: str = "rgb",
         cache: str | os.PathLike[str] | None = "auto",
@@ -116,7 +118,10 @@ class VideoFolder(Dataset[Item | None]):
         self.decoder = decoder
         self.normalize = Normalize(mean, std, color)
         self.info = load_info(root)
-        samples, found = load_samples(root, split, list_file)
+        if samples is None:
+            samples, found = load_samples(root, split, list_file)
+        else:
+            found = sorted({s.label for s in samples})
         self.samples, self.missing = self._present(samples)
         self.classes = self._checked_classes(found, classes)
         number = {name: i for i, name in enumerate(self.classes)}
@@ -178,6 +183,14 @@ class VideoFolder(Dataset[Item | None]):
     def color(self) -> str:
         """Colour order of the clips, "rgb" or "bgr"."""
         return self.normalize.color
+
+    @property
+    def unreadable(self) -> Tensor:
+        """Which videos turned out to be unreadable so far: (videos,) bool, shared with workers.
+
+        What is set in it counts as reported.
+        """
+        return self._broken
 
     @property
     def broken(self) -> dict[Path, str]:
@@ -242,7 +255,7 @@ class VideoFolder(Dataset[Item | None]):
             lines.append(f"{len(self.missing)} listed videos are missing")
         return "\n".join(lines)
 
-    def _present(self, samples: list[Sample]) -> tuple[list[Sample], list[Path]]:
+    def _present(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Path]]:
         present = [s for s in samples if s.path.is_file()]
         missing = [s.path for s in samples if not s.path.is_file()]
         if missing:

@@ -132,6 +132,7 @@ def split_dataset(
     out: str | os.PathLike[str] | None = None,
     list_file: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    parts: Split | None = None,
 ) -> SplitReport:
     """Divides a data set at random and writes train.csv, val.csv and test.csv.
 
@@ -144,6 +145,7 @@ def split_dataset(
         out: Folder of the lists; None for ROOT, where `VideoFolder` finds them.
         list_file: The videos to divide, instead of those in the class folders.
         overwrite: Replace existing lists.
+        parts: Write these splits instead of drawing some.
 
     Returns:
         The split, its warnings and the files written.
@@ -157,19 +159,25 @@ def split_dataset(
         (['train.csv', 'val.csv', 'test.csv'], ())
     """
     folder = Path(out) if out is not None else Path(root)
-    if list_file is None and any(path.is_dir() for path in splits_of(root).values()):
+    if (
+        parts is None
+        and list_file is None
+        and any(path.is_dir() for path in splits_of(root).values())
+    ):
         raise UserError(f"{root}: is divided into the folders train, val and test already")
-    present = [name for name in fractions if (folder / f"{name}.csv").exists()]
+    present = [name for name in parts or fractions if (folder / f"{name}.csv").exists()]
     if present and not overwrite:
         raise UserError(f"{folder}: has {present[0]}.csv already; nothing was changed")
-    if list_file is None:
-        samples = find_samples(root)
-    else:
-        samples = read_list(list_file, root, group or "group")
-        if group is not None and any(s.group is not None for s in samples):
-            _all_grouped(samples)
-            group = None
-    parts, warnings = _divide(samples, fractions, seed, group)
+    warnings: list[str] = []
+    if parts is None:
+        if list_file is None:
+            samples = find_samples(root)
+        else:
+            samples = read_list(list_file, root, group or "group")
+            if group is not None and any(s.group is not None for s in samples):
+                _all_grouped(samples)
+                group = None
+        parts, warnings = _divide(samples, fractions, seed, group)
     files = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,18 @@ Example:
 
 from ca3d.models.macs import count_macs
 from ca3d.models.model import CA3D, ca3d, ca3d_l, ca3d_tiny
-from ca3d.models.registry import create, names, register
+from ca3d.models.registry import create, create_for_clips, decay_groups, names, recipe, register
 
-__all__ = ["CA3D", "ca3d", "ca3d_l", "ca3d_tiny", "count_macs", "create", "names", "register"]
+__all__ = [
+    "CA3D",
+    "ca3d",
+    "ca3d_l",
+    "ca3d_tiny",
+    "count_macs",
+    "create",
+    "create_for_clips",
+    "decay_groups",
+    "names",
+    "recipe",
+    "register",
+]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ca3d.models.layout import as_clip, as_frames, as_lines
 from ca3d.models.norm import BatchNorm, hooked, normalise, normalise_and_convolve
+from ca3d.models.sync_norm import SyncBatchNorm
 from ca3d_kernels import LocalTemporalAttention
 
 KeyTable = Tensor | Sequence[Sequence[Sequence[int]]]
@@ -304,7 +305,8 @@ class Head(nn.Module):
         Example:
             >>> Head(8).eval().check_batch(1)
         """
-        if self.norm.training and batch < 2:
+        alone = not isinstance(self.norm, SyncBatchNorm) or self.norm.processes == 1
+        if self.norm.training and alone and batch < 2:
             raise ValueError(
                 f"training needs a batch of at least 2 clips, got {batch}: the head normalises "
                 "over the batch after its global pool (use model.eval(), or drop the last batch)"

@@ -4,11 +4,13 @@ Importing this module (as `ca3d.models` does) teaches `torch.utils.flop_counter`
 `ca3d_kernels`, which it would otherwise count as nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 import ca3d_kernels  # noqa: F401  (registers the ops)
@@ -64,13 +66,26 @@ def _norm_relu_conv_backward(grad: Any, grad_z: Any, y: Any, *rest: Any, **kwarg
     return 2 * conv_flop_count(y, conv_weight, grad)
 
 
+@contextmanager
+def _only_counted_ops() -> Iterator[None]:
+    """torch's counter has no formula for the CPU's fused attention, nor for what `nn.Transformer`
+    and `nn.MultiheadAttention` run in evaluation."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 @torch.no_grad()
 def count_macs(model: nn.Module, clip: Sequence[int] = (1, 3, 16, 112, 112)) -> dict[str, int]:
     """Multiply-adds of one forward pass in evaluation mode, by kind of operation.
 
     One multiply-add is one MAC, half of what torch's counter calls flops. Convolutions, matrix
-    products and local attention are counted; normalisations, activations, pools, sums and the
-    softmax are not.
+    products and attention of any kind are counted; normalisations, activations, pools, sums and
+    the softmax are not.
 
     Args:
         model: any model; it is run once, on zeros, where its parameters are.
@@ -88,7 +103,7 @@ def count_macs(model: nn.Module, clip: Sequence[int] = (1, 3, 16, 112, 112)) -> 
     like = next(model.parameters())
     try:
         model.eval()
-        with FlopCounterMode(display=False) as counter:
+        with _only_counted_ops(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(tuple(clip), dtype=like.dtype, device=like.device))
     finally:
         model.train(training)

@@ -10,6 +10,8 @@ Example:
 
 from __future__ import annotations
 
+from typing import Any
+
 from ca3d.errors import UserError
 from ca3d.precision.float16 import (
     QAT,
@@ -69,25 +71,39 @@ def names() -> list[str]:
     return list(_REGIMES)
 
 
-def create(name: str) -> Regime:
+def create(name: str, **options: Any) -> Regime:
     """Makes a precision regime.
 
     Args:
         name: One of `names()`.
+        **options: Of the float16 regimes: `constant`, `loss_factor` and `rounding`, see `Float16`.
 
     Returns:
         A new regime.
 
     Raises:
-        ca3d.errors.UserError: The name is unknown.
+        ca3d.errors.UserError: The name is unknown, or an option is not allowed.
 
     Example:
         >>> create("float32")
         Float32()
+        >>> create("float16", rounding="stochastic").rounding
+        'stochastic'
     """
     if name not in _REGIMES:
         raise UserError(f"precision {name!r} is not known; choose from {', '.join(_REGIMES)}")
-    return _REGIMES[name]()
+    regime = _REGIMES[name]
+    if options and not issubclass(regime, Float16):
+        raise UserError(f"precision {name} has no options, got {', '.join(options)}")
+    unknown = sorted(set(options) - {"constant", "loss_factor", "rounding"})
+    if unknown:
+        raise UserError(
+            f"precision {name} has no option {unknown[0]!r}; it has constant, loss_factor, rounding"
+        )
+    try:
+        return regime(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"precision {name}: {error}") from error
 
 
 def for_inference(name: str) -> Regime:

@@ -14,6 +14,8 @@ from ca3d.precision.regime import Regime, Step, total_norm
 from ca3d_kernels import LinearMapping, PreParamMapping, PreParamSGD, published_mapping
 from ca3d_kernels.half_storage import HalfStorage, half_storage
 
+ROUNDINGS = ("nearest", "stochastic", "compensated", "published")
+
 __all__ = ["QAT", "Float16", "Float16Published", "Float16Root", "Float16Sqr", "RawFloat16"]
 
 
@@ -27,6 +29,17 @@ class Float16(Regime):
     what else torch can't do in half precision run in float32 on transient copies
     (`ca3d_kernels.half_storage`); on a GPU they are torch's own half kernels.
 
+    Args:
+        constant: c of theta = c w; None is the regime's own.
+        loss_factor: What the loss is multiplied by; None is the regime's own.
+        rounding: Of the optimizer's step, see `ca3d_kernels.PreParamSGD`; None is the regime's own.
+            Stochastic rounding draws from `torch.initial_seed()`, the seed of the run.
+
+    Raises:
+        ValueError: A number is not positive and finite, the rounding is unknown, or the regime's
+            map is not linear and so has no constant.
+        TypeError: A number is none.
+
     Example:
         >>> regime = Float16()
         >>> layer = regime.prepare(nn.Linear(2, 2))
@@ -38,10 +51,34 @@ class Float16(Regime):
     """
 
     name: ClassVar[str] = "float16"
-    mapping: ClassVar[PreParamMapping] = LinearMapping(128.0, loss_factor=128.0)
-    rounding: ClassVar[str] = "nearest"
+    mapping: PreParamMapping = LinearMapping(128.0, loss_factor=128.0)
+    rounding: str = "nearest"
     pre_param_dtype: ClassVar[torch.dtype] = torch.float16
     compact: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        constant: float | None = None,
+        loss_factor: float | None = None,
+        rounding: str | None = None,
+    ) -> None:
+        if constant is not None or loss_factor is not None:
+            if not isinstance(self.mapping, LinearMapping):
+                raise ValueError(
+                    f"precision {self.name} has a map of its own: constant and loss_factor must be"
+                    f" left out, got {constant!r} and {loss_factor!r}"
+                )
+            self.mapping = LinearMapping(
+                self.mapping.scale if constant is None else constant,
+                self.mapping.loss_factor if loss_factor is None else loss_factor,
+            )
+        if rounding is not None:
+            if rounding not in ROUNDINGS:
+                raise ValueError(
+                    f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}"
+                )
+            self.rounding = rounding
 
     @property
     def loss_factor(self) -> float:
@@ -81,7 +118,7 @@ class Float16(Regime):
     def optimizer(
         self,
         kind: str,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float = 0.9,
@@ -102,6 +139,7 @@ class Float16(Regime):
             mapping=self.mapping,
             rounding=self.rounding,
             pre_param_dtype=self.pre_param_dtype,
+            seed=torch.initial_seed() % 2**63,
             skip_nonfinite=True,
         )
 

@@ -107,7 +107,7 @@ class Regime:
     def optimizer(
         self,
         kind: str,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float = 0.9,
@@ -117,7 +117,7 @@ class Regime:
 
         Args:
             kind: "sgd" or "adamw".
-            parameters: The parameters to train.
+            parameters: The parameters to train, or groups of them as torch's optimizers take.
             lr: Base learning rate.
             momentum: SGD's momentum, AdamW's first beta.
             weight_decay: L2 (SGD) or decoupled (AdamW) weight decay.

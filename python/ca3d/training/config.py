@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ca3d.data.split_options import SplitOptions
 from ca3d.errors import UserError
 from ca3d.options import option
 
@@ -17,7 +18,7 @@ Decoder = Literal["auto", "av", "torchcodec"]
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(SplitOptions):
     """Every option of `ca3d train`; `ca3d train --help` prints what each of them means.
 
     The defaults are the published recipe: SGD with momentum 0.9, batches of 20, weight decay
@@ -43,7 +44,7 @@ class TrainConfig:
     val_list: str | None = option(None, "The same for validation", "Data")
     test_list: str | None = option(None, "The same for testing", "Data")
     val_fraction: float = option(
-        0.15, "Share of the videos for validation if DATA brings no split files", "Data"
+        0.15, "Share of the videos for validation if DATA brings no list of it", "Data"
     )
     test_fraction: float = option(0.15, "Share for testing if DATA brings no split files", "Data")
     split_seed: int = option(0, "Seed of the random split", "Data")
@@ -72,7 +73,8 @@ class TrainConfig:
     decoder: Decoder = option("auto", "Video decoder", "Clips")
     mean: list[float] | None = option(
         None,
-        "Means of red, green and blue in [0, 1] (default: measured on the training split)",
+        "Means of red, green and blue in [0, 1] (blue first with --protocol published; default:"
+        " measured on the training split)",
         "Clips",
         count=3,
     )
@@ -96,6 +98,11 @@ class TrainConfig:
         " ('(?!classifier)' freezes all but the classifier)",
         "Model",
     )
+    sync_bn: bool = option(
+        False,
+        "BatchNorm statistics over the clips of all processes (torchrun), not of each on its own",
+        "Model",
+    )
     freeze_bn: bool = option(False, "Keep BatchNorm statistics as they are", "Model")
     precision: str = option(
         "float32",
@@ -103,10 +110,19 @@ class TrainConfig:
         " float16-root, qat, fake-quant, ptq-float16",
         "Model",
     )
+    precision_options: dict[str, Any] = option(
+        None,
+        "Further options of a float16 regime, as --precision-options.NAME VALUE: constant,"
+        " loss_factor, rounding",
+        "Model",
+        factory=dict,
+    )
     device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)", "Model")
 
     epochs: int = option(50, "Passes over the training split", "Recipe")
-    batch_size: int = option(20, "Clips in a batch", "Recipe")
+    batch_size: int = option(
+        20, "Clips in a batch, over all processes (torchrun) together", "Recipe"
+    )
     accumulate: int = option(1, "Batches whose gradients make one optimizer step", "Recipe")
     optimizer: Literal["sgd", "adamw"] = option("sgd", "Optimizer", "Recipe")
     lr: float = option(
@@ -115,7 +131,11 @@ class TrainConfig:
         "Recipe",
     )
     momentum: float = option(0.9, "SGD's momentum, AdamW's beta 1", "Recipe")
-    weight_decay: float = option(5e-3, "Weight decay, on every parameter", "Recipe")
+    weight_decay: float = option(
+        5e-3,
+        "Weight decay, on every parameter but transformers' class tokens and positional tables",
+        "Recipe",
+    )
     schedule: Literal["published", "cosine", "onecycle", "constant"] = option(
         "published", "Learning rate over time", "Recipe"
     )
@@ -162,6 +182,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises `UserError` for the first option whose value is not allowed."""
+        self.validate_split()
         positive = ("frames", "stride", "size", "epochs", "batch_size", "accumulate", "log_steps")
         for name in positive:
             _check(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
@@ -200,6 +221,10 @@ class TrainConfig:
                 len(value) == 3 and all(math.isfinite(x) and lowest <= x <= 1 for x in value)
             )
             _check(self, name, fine, f"three numbers in [{lowest:g}, 1]")
+        if self.train_list is not None and (self.dataset != "auto" or self.split_files is not None):
+            raise UserError("--train-list and --dataset or --split-files exclude each other")
+        if self.protocol == "published":
+            self._validate_published()
         if (self.mean is None) != (self.std is None):
             raise UserError("--mean and --std must be given together")
         milestones = self.milestones
@@ -207,6 +232,24 @@ class TrainConfig:
             all(m >= 0 for m in milestones) and list(milestones) == sorted(milestones)
         )
         _check(self, "milestones", fine, "ascending epochs of at least 0")
+
+    def _validate_published(self) -> None:
+        """Raises `UserError` for an option that the published protocol fixes."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        fixed = {
+            **dict.fromkeys(
+                ("train_list", "val_list", "test_list", "group"), "draws its own split"
+            ),
+            **dict.fromkeys(("val_fraction", "test_fraction"), "has shares of 70/15/15"),
+            "split_seed": "has seed 100",
+            "fps": "counts the frames of the video",
+        }
+        for name, why in fixed.items():
+            if getattr(self, name) != defaults[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} {getattr(self, name)}: --protocol published {why}; leave it out"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options as plain values, as the run's `config.yaml` holds them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ca3d.errors import UserError
@@ -10,6 +12,8 @@ from ca3d.errors import UserError
 def choose_device(name: str) -> torch.device:
     """Returns the device of a name such as "auto", "cpu" or "cuda:1".
 
+    Of several processes on a machine each takes its own GPU, unless one is named.
+
     Raises:
         ca3d.errors.UserError: The name is no device, or the device is not there.
 
@@ -17,8 +21,11 @@ def choose_device(name: str) -> torch.device:
         >>> choose_device("cpu")
         device(type='cpu')
     """
+    own = os.environ.get("LOCAL_RANK")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and own is not None:
+        name = f"cuda:{own}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -6,12 +6,14 @@ import os
 import signal
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ca3d.data.samples import Sample
 from ca3d.errors import UserError
 
 
@@ -19,6 +21,7 @@ class ClipDataset(Protocol):
     """What the trainer needs of a data set: `ca3d.data.folder.VideoFolder` is one."""
 
     classes: list[str]
+    samples: list[Sample]
 
     def __len__(self) -> int: ...
 
@@ -28,6 +31,14 @@ class ClipDataset(Protocol):
 
     def set_epoch(self, epoch: int) -> None:
         """Makes later random draws those of `epoch`."""
+
+    @property
+    def unreadable(self) -> Tensor:
+        """Which clips turned out to be unreadable so far: (clips,) bool."""
+
+    @property
+    def broken(self) -> dict[Path, str]:
+        """The files of these clips, with the reason."""
 
 
 @dataclass
@@ -85,11 +96,14 @@ def epoch_batches(length: int, batch_size: int, seed: int, epoch: int) -> list[l
 def default_workers() -> int:
     """Returns the number of reading processes that suits this machine: its cores, up to 4.
 
+    The processes of a run that share the machine share its cores.
+
     Example:
         >>> 1 <= default_workers() <= 4
         True
     """
-    return max(1, min(4, len(os.sched_getaffinity(0))))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(4, len(os.sched_getaffinity(0)) // here))
 
 
 def load_batches(

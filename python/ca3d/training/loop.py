@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ca3d import precision, weights
+from ca3d import models, precision, weights
 from ca3d.errors import UserError
 from ca3d.evaluate import EvalResult
+from ca3d.models.sync_norm import synchronise
 from ca3d.training import checkpoint, fine_tuning, plots
 from ca3d.training.config import TrainConfig
 from ca3d.training.datasets import Data, prepare_data
 from ca3d.training.device import choose_device
-from ca3d.training.diagnosis import first_nonfinite
+from ca3d.training.distributed import World, connect
 from ca3d.training.interrupt import SignalGuard, StoppedError
-from ca3d.training.loader import Batch, default_workers, epoch_batches, load_batches
+from ca3d.training.loader import default_workers, epoch_batches, load_batches
 from ca3d.training.logs import MetricsLog, Row
 from ca3d.training.progress import Reporter, Status, create
 from ca3d.training.run_folder import RunFolder
 from ca3d.training.schedule import Schedule
-from ca3d.training.scoring import Scores, score
+from ca3d.training.scoring import Scores, merge, score
 from ca3d.training.state import Progress, TrainResult
+from ca3d.training.step import Stepper, smallest_share, training_batches
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -50,23 +54,33 @@ def train(config: TrainConfig) -> TrainResult:
         ca3d.errors.UserError: --lr must be a finite number above 0, not -1.0
     """
     config.validate()
-    regime = precision.create(config.precision)
+    regime = precision.create(config.precision, **config.precision_options)
     device = choose_device(config.device)
     if regime.compact:
         precision.return_freed_memory()
     if not config.out:
         raise UserError("--out must name a folder for the run")
-    with (
-        RunFolder(config.out, config.resume == "auto") as folder,
-        create(config.progress, config.log_steps) as reporter,
-    ):
+    with connect(device, ordered=config.deterministic) as world, contextlib.ExitStack() as stack:
+
+        def enter() -> RunFolder:
+            return stack.enter_context(RunFolder(config.out, config.resume == "auto"))
+
+        folder = world.first(enter) or RunFolder(config.out, resume=True, writes=False)
+        progress = config.progress if world.is_first else "none"
+        reporter = stack.enter_context(create(progress, config.log_steps))
         state = None
         if folder.has_resume_state:
             state = checkpoint.load_resume_state(folder.resume_file)
-            folder.check_same(state["config"], config.to_dict())
-        data = prepare_data(config, folder.path, reporter.message)
-        trainer = Trainer(config, data, regime, device, folder, reporter)
-        if state is None:
+            folder.check_same(state["config"], config.to_dict(), state.get("processes", 1), world)
+
+        def prepare() -> Data:
+            return prepare_data(config, folder.path, reporter.message)
+
+        data = world.first(prepare) or prepare_data(
+            config, folder.path, reporter.message, saved=True
+        )
+        trainer = Trainer(config, data, regime, device, folder, reporter, world)
+        if state is None and world.is_first:
             folder.write_config(config.to_dict())
         return trainer.run(state)
 
@@ -81,6 +95,7 @@ class Trainer:
         device: Where to compute.
         folder: The run folder.
         reporter: Shows the progress.
+        world: The processes of the run, of which the first one writes.
     """
 
     def __init__(
@@ -91,7 +106,9 @@ class Trainer:
         device: torch.device,
         folder: RunFolder,
         reporter: Reporter,
+        world: World | None = None,
     ) -> None:
+        world = self.world = world or World()
         self.config, self.data, self.regime, self.device = config, data, regime, device
         self.folder, self.reporter = folder, reporter
         self.workers = default_workers() if config.workers is None else config.workers
@@ -102,17 +119,25 @@ class Trainer:
             torch.backends.cudnn.benchmark = False
         torch.manual_seed(config.seed)
         self.model = self._make_model()
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = regime.optimizer(
             config.optimizer,
-            self.parameters,
+            models.decay_groups(self.model),
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        batches = epoch_batches(len(data.train), config.batch_size, config.seed, 0)
+        least = smallest_share(config, world) * world.size
+        if config.batch_size < least:
+            raise UserError(
+                f"--batch-size {config.batch_size} is that of all {world.size} processes together;"
+                f" it must be at least {least}"
+            )
+        batches = self._batches(0)
         if not batches:
-            raise UserError(f"{config.data}: one training video is too few; BatchNorm needs two")
+            raise UserError(
+                f"{config.data}: {len(data.train)} training videos are too few; BatchNorm needs"
+                f" {least}"
+            )
         self.batches_per_epoch = len(batches)
         steps = math.ceil(len(batches) / config.accumulate)
         self.epochs = config.epochs
@@ -127,8 +152,26 @@ class Trainer:
             config.milestones,
             total_steps=int(total),
         )
-        self.loss_weights = self._class_weights()
-        self.log = MetricsLog(folder.path, tensorboard=config.tensorboard)
+        if world.size > 1 and config.sync_bn:
+            synchronise(self.model)
+        clips = torch.zeros(2, 3, config.frames, config.size, config.size, device=device)
+        self.network = world.wrap(self.model, lambda model: regime.forward(model, clips))
+        if world.rank:
+            # Dropout draws differ from process to process.
+            torch.manual_seed(config.seed + 1_000_003 * world.rank)
+        self.stepper = Stepper(
+            config,
+            self.model,
+            self.network,
+            regime,
+            self.optimizer,
+            device,
+            world,
+            self.guard,
+            reporter,
+            self._class_weights(),
+        )
+        self.log = MetricsLog(folder.path, tensorboard=config.tensorboard and world.is_first)
         self._speed = 0.0
         self._drawn = time.monotonic()
 
@@ -146,7 +189,8 @@ class Trainer:
         if not self.progress.finished:
             title = (
                 f"{self.config.model}: {sum(p.numel() for p in self.model.parameters()):,}"
-                f" parameters, {self.regime.name} on {self.device},"
+                f" parameters, {self.regime.name} on {self.device}"
+                f"{f' in {self.world.size} processes' if self.world.size > 1 else ''},"
                 f" {len(self.data.train)} training and {len(self.data.val or [])} validation videos"
                 f" in {len(self.data.classes)} classes"
             )
@@ -163,14 +207,12 @@ class Trainer:
         return self._finish()
 
     def _make_model(self) -> nn.Module:
-        from ca3d import models
-
         config, data = self.config, self.data
         try:
-            model = models.create(
+            model = models.create_for_clips(
                 config.model,
                 num_classes=len(data.classes),
-                **{"frames": config.frames, **config.model_options},
+                **{"frames": config.frames, "size": config.size, **config.model_options},
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"--model {config.model}: {error}") from error
@@ -198,10 +240,10 @@ class Trainer:
         self.model.train()
         if config.freeze_bn:
             fine_tuning.set_batch_norm_frozen(self.model)
-        batches = epoch_batches(len(self.data.train), config.batch_size, config.seed, at.epoch)
+        batches = self._batches(at.epoch)
         stream = load_batches(
             self.data.train,
-            batches[at.batch :],
+            [self.world.share(batch) for batch in batches[at.batch :]],
             epoch=at.epoch,
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -212,72 +254,17 @@ class Trainer:
                 first = at.batch
                 last = min(first + config.accumulate, len(batches))
                 clips = sum(map(len, batches[first:last]))
-                self._step(stream, first, last, clips)
+                rate = config.lr * self.schedule.factor(at.epoch, first // config.accumulate)
+                self.stepper.take(stream, last - first, clips, rate, at)
                 at.batch = last
                 begin = self._after_step(begin, clips)
         finally:
             stream.close()
 
-    def _step(self, stream: Any, first: int, last: int, planned: int) -> None:
-        """Takes one optimizer step over batches [first, last), planned to hold so many clips."""
-        at = self.progress
-        rate = self.config.lr * self.schedule.factor(at.epoch, first // self.config.accumulate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        # A forward pass that overflows spoils BatchNorm's running statistics too.
-        buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
-        finite, used, bad_clips = True, 0, None
-        for _ in range(first, last):
-            waited = time.perf_counter()
-            batch = next(stream)
-            at.waiting += time.perf_counter() - waited
-            self._note_broken(batch)
-            if len(batch) < 2:
-                at.dropped += 1
-                continue
-            inputs, labels = batch.clips.to(self.device), batch.labels.to(self.device)
-            logits = self.regime.forward(self.model, inputs)
-            loss = self.regime.loss(
-                logits,
-                labels,
-                weight=self.loss_weights,
-                label_smoothing=self.config.label_smoothing,
-            )
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                finite, bad_clips = False, inputs
-                continue
-            self.regime.backward(loss * (len(batch) / planned))
-            used += len(batch)
-            at.loss_sum += value * len(batch)
-            at.correct += int((logits.detach().argmax(1) == labels).sum())
-            at.count += len(batch)
-        if finite and used:
-            if used != planned:
-                gradients = [p.grad for p in self.parameters if p.grad is not None]
-                torch._foreach_mul_(gradients, planned / used)
-            finite = self.regime.step(
-                self.optimizer, self.parameters, self.config.clip_norm
-            ).applied
-        if finite:
-            at.steps += bool(used)
-            at.skipped_in_row = 0 if used else at.skipped_in_row
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        at.skipped += 1
-        at.skipped_in_row += 1
-        if at.skipped_in_row >= self.config.max_skipped:
-            where = "a gradient"
-            if bad_clips is not None:
-                where = f"the output of {first_nonfinite(self.model, self.regime, bad_clips)}"
-            raise UserError(
-                f"{at.skipped_in_row} steps in a row were not finite ({where} overflowed or is"
-                f" NaN) at epoch {at.epoch + 1}, learning rate {rate:.3g}: lower --lr or set"
-                " --clip-norm"
-            )
+    def _batches(self, epoch: int) -> list[list[int]]:
+        config = self.config
+        batches = epoch_batches(len(self.data.train), config.batch_size, config.seed, epoch)
+        return training_batches(batches, config, self.world)
 
     def _after_step(self, begin: float, clips: int) -> float:
         """Shows, saves and stops where it is time to; returns the time."""
@@ -294,14 +281,15 @@ class Trainer:
         return now
 
     def _stop_if_asked(self) -> None:
-        if self.guard.received is not None:
+        received = self.guard.received if self.world.size == 1 else self.stepper.stop
+        if received is not None:
             self._save_last()
             self.reporter.stop()
             self.reporter.message(
                 f"stopped at epoch {self.progress.epoch + 1}, batch {self.progress.batch};"
                 f" continue with --resume auto --out {self.folder.path}"
             )
-            raise StoppedError(self.guard.received)
+            raise StoppedError(received)
 
     def _enough_steps(self) -> bool:
         limit = self.config.max_steps
@@ -330,6 +318,8 @@ class Trainer:
         if not at.count and not at.skipped:
             reasons = "; ".join(at.broken[:3])
             raise UserError(f"{config.data}: no training video could be read: {reasons}")
+        self.world.any_of(self.data.train.unreadable)
+        self.world.same_buffers(self.model)
         if self.data.val is not None:
             scores = self._validate(self.data.val)
             row.update(
@@ -345,7 +335,8 @@ class Trainer:
         self._save_weights(self.folder.path / "last.safetensors", row)
         if row["best"]:
             self._save_weights(self.folder.path / "best.safetensors", row)
-        self.log.add(row)
+        if self.world.is_first:
+            self.log.add(row)
         self.reporter.epoch(row)
         patience = config.early_stopping
         stale = patience is not None and at.epoch - at.best_epoch >= patience
@@ -353,36 +344,42 @@ class Trainer:
             self.reporter.message(f"no better epoch for {patience} epochs: stopping early")
         at.finished = stale or at.epoch + 1 >= self.epochs or self._enough_steps()
         # Short epochs need no new picture each.
-        if at.finished or time.monotonic() - self._drawn > 10:
-            chance = 1 / len(self.data.classes)
-            plots.plot_curves(self.log.rows, self.folder.path / "curves.png", config.model, chance)
+        if self.world.is_first and (at.finished or time.monotonic() - self._drawn > 10):
+            self._draw_curves()
             self._drawn = time.monotonic()
         at.begin_epoch(at.epoch + 1)
         self._save_resume_state()
         if not at.finished:
             self._stop_if_asked()
 
+    def _draw_curves(self) -> None:
+        chance = 1 / len(self.data.classes)
+        title, picture = self.config.model, self.folder.path / "curves.png"
+        plots.plot_curves(self.log.rows, picture, title, chance)
+
     def _validate(self, dataset: Any) -> Scores:
         def after_batch(done: int) -> None:
             self.reporter.update(replace(self._status(), phase="val"))
             self._stop_if_asked()
 
-        return score(
-            self.model,
+        return self._score(self.model, dataset, after_batch)
+
+    def _score(
+        self, model: nn.Module, dataset: Any, after_batch: Callable[[int], None] | None = None
+    ) -> Scores:
+        """Runs a model over a split: every process over its own videos, each video once."""
+        own = score(
+            model,
             self.regime,
             dataset,
             len(self.data.classes),
-            batch_size=self.config.batch_size,
+            places=self.world.share(range(len(dataset))),
+            batch_size=max(1, self.config.batch_size // self.world.size),
             workers=self.workers,
             device=self.device,
             after_batch=after_batch,
         )
-
-    def _note_broken(self, batch: Batch) -> None:
-        for message in batch.broken:
-            if message not in self.progress.broken:
-                self.progress.broken.append(message)
-                self.reporter.message(f"skipped: {message}")
+        return merge(self.world.gather(own))
 
     def _status(self) -> Status:
         at = self.progress
@@ -400,6 +397,8 @@ class Trainer:
         )
 
     def _save_weights(self, path: Path, row: Row | None = None) -> None:
+        if not self.world.is_first:
+            return
         info = self.data.model_info(self.model, self.config)
         if row is not None:
             figures = {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
@@ -414,10 +413,16 @@ class Trainer:
             ) from error
 
     def _save_last(self) -> None:
+        self.world.same_buffers(self.model)
         self._save_weights(self.folder.path / "last.safetensors")
         self._save_resume_state()
 
     def _save_resume_state(self) -> None:
+        self.world.same_buffers(self.model)
+        # Each process draws its own numbers; the rest of the state is the same in all of them.
+        first, *others = self.world.gather(checkpoint.random_state())
+        if not self.world.is_first:
+            return
         checkpoint.save_resume_state(
             self.folder.resume_file,
             {
@@ -426,7 +431,9 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "regime": self.regime.state_dict(),
-                "random": checkpoint.random_state(),
+                "random": first,
+                "other_random": others,
+                "processes": self.world.size,
                 "progress": asdict(self.progress),
                 "rows": self.log.rows,
             },
@@ -439,35 +446,42 @@ class Trainer:
             self.regime.load_state_dict(state["regime"])
             self.progress = Progress(**state["progress"])
             self.log.rows = list(state["rows"])
-            checkpoint.set_random_state(state["random"])
+            rank = self.world.rank
+            checkpoint.set_random_state(
+                state["other_random"][rank - 1] if rank else state["random"]
+            )
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.folder.resume_file} does not fit this run: {reason}") from error
-        if self.log.rows:
+        if self.log.rows and self.world.is_first:
             self.log.write()
 
     def _finish(self) -> TrainResult:
         """Reads the test split once, with the weights that validation chose."""
         at, path = self.progress, self.folder.path
         results = path / "test" / "results.json"
-        test = json.loads(results.read_text()) if results.is_file() else None
+        test = self.world.from_first(json.loads(results.read_text()) if results.is_file() else None)
         if test is None and self.data.test is not None:
             best = path / "best.safetensors"
             model, _ = weights.load(best, device=str(self.device))
-            scores = score(
-                model,
-                self.regime,
-                self.data.test,
-                len(self.data.classes),
-                batch_size=self.config.batch_size,
-                workers=self.workers,
-                device=self.device,
-            )
             result = EvalResult.of_scores(
-                scores, self.data.test, weights=str(best), epoch=at.best_epoch
+                self._score(model, self.data.test),
+                self.data.test,
+                weights=str(best),
+                epoch=at.best_epoch,
+                split="test",
+                clips=1,
+                crops=1,
+                model=self.config.model,
+                precision=self.regime.name,
+                seed=self.config.seed,
+                protocol=self.data.protocol.to_dict(),
+                missing=self.data.missing,
             )
-            result.save(results.parent)
+            if self.world.is_first:
+                result.save(results.parent)
             test = result.to_dict()
+        unreadable = self.data.list_unreadable(path, self.world)
         return TrainResult(
             folder=path,
             best_epoch=at.best_epoch,
@@ -475,4 +489,6 @@ class Trainer:
             test=test,
             steps=at.steps,
             skipped=at.skipped,
+            missing=self.data.missing,
+            unreadable=unreadable,
         )

@@ -15,12 +15,14 @@ import yaml
 
 from ca3d.errors import UserError
 from ca3d.training.checkpoint import remove_leftovers, write_file
+from ca3d.training.distributed import World
 from ca3d.training.logs import write_json
 
 # Options that may differ between a run and its resumption: none of them changes the result.
 FREE_OPTIONS = frozenset(
     {
         *("out", "data", "resume", "checkpoint_steps", "max_skipped", "early_stopping"),
+        "split_files",
         *("workers", "decoder", "device", "log_steps", "tensorboard", "progress"),
     }
 )
@@ -32,6 +34,7 @@ class RunFolder:
     Args:
         path: The folder; made when missing.
         resume: Whether a run found there may be continued.
+        writes: Whether this process writes to it; another one of the same run may read.
 
     Raises:
         ca3d.errors.UserError: The folder can't be made, holds a run that may not be continued, or
@@ -44,8 +47,11 @@ class RunFolder:
         False
     """
 
-    def __init__(self, path: str | Path, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, resume: bool = False, writes: bool = True) -> None:
         self.path = Path(path)
+        self._lock = None
+        if not writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115
@@ -55,7 +61,7 @@ class RunFolder:
             # A POSIX lock: unlike flock's, it does not live on in worker processes.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
+            self.close()
             raise UserError(f"{path} is in use by another training process") from error
         if self.has_run and not resume:
             self.close()
@@ -73,7 +79,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Gives the folder free."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def resume_file(self) -> Path:
@@ -96,8 +103,15 @@ class RunFolder:
         write_file(self.path / "config.yaml", text)
         write_json(self.path / "environment.json", environment())
 
-    def check_same(self, saved: dict[str, Any], now: dict[str, Any]) -> None:
-        """Raises `UserError` when options that change the result differ from the saved run's."""
+    def check_same(
+        self, saved: dict[str, Any], now: dict[str, Any], processes: int, world: World
+    ) -> None:
+        """Raises `UserError` when what changes the result differs from the saved run's."""
+        if processes != world.size:
+            raise UserError(
+                f"{self.path} was trained by {processes} processes and can't be resumed by"
+                f" {world.size}"
+            )
         differ = [
             f"--{key.replace('_', '-')} was {saved.get(key)!r}, is {now[key]!r}"
             for key in now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,7 @@ def score(
     dataset: ClipDataset,
     num_classes: int,
     *,
+    places: Sequence[int] | None = None,
     batch_size: int = 8,
     workers: int = 0,
     device: torch.device | None = None,
@@ -72,6 +73,7 @@ def score(
         regime: The precision to compute in.
         dataset: Gives clips (3, T, H, W), or (views, 3, T, H, W) to be averaged over.
         num_classes: Number of classes.
+        places: Which videos; None for all.
         batch_size: Videos in a batch.
         workers: Reading processes.
         device: Where to compute.
@@ -99,7 +101,7 @@ def score(
     if average not in ("logits", "softmax"):
         raise ValueError(f"average must be 'logits' or 'softmax', not {average!r}")
     model.eval()
-    places = list(range(len(dataset)))
+    places = list(range(len(dataset)) if places is None else places)
     batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
     metrics = Metrics(num_classes)
     broken: list[str] = []
@@ -135,4 +137,35 @@ def score(
         labels=label,
         indices=torch.cat(indices),
         broken=broken,
+    )
+
+
+def merge(parts: Sequence[Scores]) -> Scores:
+    """Puts the scores of disjoint parts of a data set together, in the order of the data set.
+
+    Args:
+        parts: At least one; from `score` with different `places`.
+
+    Example:
+        >>> none = torch.empty(0, dtype=torch.int64)
+        >>> part = Scores(Metrics(2), 0.5, torch.tensor([[0.9, 0.1]]), none, torch.tensor([7]))
+        >>> merge([part]) is part
+        True
+    """
+    if len(parts) == 1:
+        return parts[0]
+    metrics = Metrics(parts[0].metrics.num_classes)
+    for part in parts:
+        metrics.confusion += part.metrics.confusion
+        metrics.in_top5 += part.metrics.in_top5
+    losses = [part.loss * part.metrics.count for part in parts if part.metrics.count]
+    indices = torch.cat([part.indices for part in parts])
+    order = indices.argsort()
+    return Scores(
+        metrics=metrics,
+        loss=sum(losses) / metrics.count if losses else float("nan"),
+        probabilities=torch.cat([part.probabilities for part in parts])[order],
+        labels=torch.cat([part.labels for part in parts])[order],
+        indices=indices[order],
+        broken=[message for part in parts for message in part.broken],
     )

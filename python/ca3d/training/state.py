@@ -18,6 +18,8 @@ class TrainResult:
         test: Figures on the test split, or None without one.
         steps: Optimizer steps taken, skipped ones not counted.
         skipped: Steps skipped because a loss or gradient was not finite.
+        missing: Listed videos that are not on the disk.
+        unreadable: Videos that could not be read.
 
     Example:
         >>> TrainResult(Path("run"), 3, 0.9, test=None, steps=100, skipped=0).best_epoch
@@ -30,6 +32,8 @@ class TrainResult:
     test: dict[str, Any] | None
     steps: int
     skipped: int
+    missing: int = 0
+    unreadable: int = 0
 
 
 @dataclass

@@ -65,7 +65,7 @@ def test_run_folder_holds_all_that_is_needed_to_repeat_it(bars: Path, done: Path
     ]
     assert sorted(listed) == sorted(str(p.relative_to(bars)) for p in bars.glob("*/*.avi"))
     assert {"mean", "std", "frames_per_second"} <= json.loads(
-        (done / "statistics.json").read_text()
+        (done / "data.json").read_text()
     ).keys()
     assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
     for name in ("results.json", "predictions.csv", "confusion.csv", "confusion.png"):

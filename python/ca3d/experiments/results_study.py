@@ -1,0 +1,195 @@
+"""`ca3d study results`: small versions of the models at equal multiply-adds, on both data sets."""
+
+# `option` returns dataclasses.field(...), which is what a default should be.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ca3d import models
+from ca3d.errors import UserError
+from ca3d.experiments.comparison_report import comparison, csv_rows, draw, entries
+from ca3d.experiments.display import Display
+from ca3d.experiments.markdown import machine, table
+from ca3d.experiments.plan import Plan, run_plan
+from ca3d.experiments.rows import Row, read_rows
+from ca3d.experiments.runner import ROWS, RunOptions
+from ca3d.options import option
+from ca3d.training.checkpoint import write_file
+from ca3d.training.logs import write_csv
+
+__all__ = ["MODELS", "SCALES", "ResultsConfig", "plans", "run"]
+
+MODELS = ("ca3d_tiny", "r3d_tiny", "r2plus1d_tiny", "x3d_tiny", "timesformer_tiny")
+REGIMES = ("float32", "qat", "float16")
+RATES = (0.01, 0.03, 0.1)
+CONTROLS = ("frames", "shuffled")
+
+#: Data and recipe of each scale; the data sets are "mocap30" and "motion-order".
+SCALES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "full": (
+        {"frames": 16, "size": 32, "step": 1, "train": 2700, "val": 240, "test": 480},
+        {"epochs": 12, "batch_size": 32, "schedule": "cosine"},
+    ),
+    "reduced": (
+        {"frames": 8, "size": 32, "step": 2, "scale": 1, "train": 960, "val": 240, "test": 480},
+        {"epochs": 10, "batch_size": 32, "schedule": "cosine"},
+    ),
+}
+
+
+@dataclass
+class ResultsConfig:
+    """Every option of `ca3d study results`.
+
+    Raises:
+        ca3d.errors.UserError: From `validate`.
+
+    Example:
+        >>> ResultsConfig().seeds
+        5
+    """
+
+    out: str = option("studies/results", "Folder of the study; the same one goes on")
+    scale: Literal["full", "reduced"] = option(
+        "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x32x32, 960"
+    )
+    models: str = option(",".join(MODELS), "Models, separated by commas")
+    datasets: str = option("motion-order,mocap30", "Data sets, likewise; the first goes first")
+    regimes: str = option(",".join(REGIMES), "Precision regimes, likewise; the first chooses rates")
+    seeds: int = option(5, "Seeds of everything; fewer than 5 infer nothing")
+    report: str | None = option(
+        None, "Markdown file to write the report to, pictures beside it (default: in --out)"
+    )
+    only_report: bool = option(False, "Train nothing: report what the folder has")
+    jobs: int = option(1, "Runs at a time, one thread each", "Run")
+    budget_hours: float | None = option(
+        None, "CPU-hours, those of former calls included, after which no run is begun", "Run"
+    )
+    progress: Literal["auto", "rich", "plain", "none"] = option("auto", "Progress display", "Run")
+
+    def validate(self) -> None:
+        """Raises `UserError` for the first option whose value is not allowed."""
+        if self.seeds < 1:
+            raise UserError(f"--seeds must be at least 1, not {self.seeds}")
+        for flag, given, known in (
+            ("--models", self.models, models.names()),
+            ("--datasets", self.datasets, ["mocap30", "motion-order"]),
+            ("--regimes", self.regimes, list(REGIMES)),
+        ):
+            for name in _words(given):
+                if name not in known:
+                    raise UserError(f"{flag}: {name!r} is none of {', '.join(known)}")
+
+
+def plans(config: ResultsConfig) -> dict[str, Plan]:
+    """The comparison on each data set.
+
+    Args:
+        config: The options.
+
+    Example:
+        >>> {name: len(plan.cells({m: 0.1 for m in MODELS}))
+        ...  for name, plan in plans(ResultsConfig()).items()}
+        {'motion-order': 125, 'mocap30': 125}
+    """
+    data, recipe = SCALES[config.scale]
+    names = _words(config.models)
+    return {
+        dataset: Plan(
+            data={"name": dataset, **data, "score_train": True},
+            models={name: {} for name in names},
+            regimes=_words(config.regimes),
+            seeds=range(config.seeds),
+            recipe=recipe,
+            own={name: {"weight_decay": models.recipe(name).weight_decay} for name in names},
+            rates=RATES,
+            controls=CONTROLS,
+        )
+        for dataset in _words(config.datasets)
+    }
+
+
+def run(config: ResultsConfig) -> Path:
+    """Runs what is missing of the study, and writes its report.
+
+    Args:
+        config: The options.
+
+    Returns:
+        The report.
+
+    Raises:
+        ca3d.errors.UserError: An option is not allowed, or a file can't be written.
+        ca3d.training.interrupt.StoppedError: SIGINT or SIGTERM came; finished runs are kept.
+    """
+    config.validate()
+    folder = Path(config.out)
+    options = RunOptions(folder, config.jobs, config.budget_hours)
+    display = Display(config.progress)
+    todo = plans(config)
+    if not config.only_report:
+        for plan in todo.values():
+            run_plan(plan, options, display)
+    rows = read_rows(folder / ROWS)
+    report = Path(config.report) if config.report else folder / "report.md"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_file(report, "\n".join(_lines(config, todo, rows, report)) + "\n")
+    return report
+
+
+def _lines(
+    config: ResultsConfig, todo: Mapping[str, Plan], rows: Mapping[str, Row], report: Path
+) -> list[str]:
+    data, recipe = SCALES[config.scale]
+    taken = sum(row["cpu_seconds"] for row in rows.values()) / 3600
+    lines = [
+        "# Small models, compared",
+        "",
+        f"Written by `ca3d study results --scale {config.scale} --only-report`. Every model is a"
+        " small version (`*-tiny`) of its namesake with about the multiply-adds of `ca3d_tiny`, and"
+        " none of these figures says anything about the full-size models. Clips are rendered here;"
+        f" {data['train']} train, {data['val']} validate and {data['test']} test, of"
+        f" {data['frames']}x{data['size']}x{data['size']}; {recipe['epochs']} epochs. The learning"
+        f" rate is chosen for each model from {', '.join(map(str, RATES))} on validation in float32"
+        " and kept in every regime. The controls are the same models given one frame of each clip"
+        " (repeated), or its frames in random order: what they reach needs no motion, or no order.",
+        "",
+        f"{len(rows)} runs, {taken:.2f} CPU-hours. {machine()}",
+        "",
+        *_macs(config, data),
+    ]
+    every: list[dict[str, Any]] = []
+    for dataset, plan in todo.items():
+        found = entries(plan, rows)
+        lines += ["", f"## {dataset}", ""]
+        rates = plan.chosen(rows)
+        text = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        lines += [f"Learning rates: {text or 'not chosen yet'}.", "", *comparison(found)]
+        if any(entry.rows for entry in found):
+            picture = report.parent / "images" / f"results-{dataset}.png"
+            chance = 1 / next(row["classes"] for entry in found for row in entry.rows.values())
+            draw(found, picture, dataset, chance)
+            lines += ["", f"![{dataset}](images/{picture.name})"]
+            every += [{"dataset": dataset, **row} for row in csv_rows(found)]
+    if every:
+        write_csv(report.with_suffix(".csv"), every)
+    return lines
+
+
+def _macs(config: ResultsConfig, data: Mapping[str, Any]) -> list[str]:
+    shape = (1, 3, data["frames"], data["size"], data["size"])
+    rows = []
+    for name in _words(config.models):
+        model = models.create_for_clips(name, 30, frames=data["frames"], size=data["size"])
+        count = models.count_macs(model, shape)["total"]
+        parameters = sum(p.numel() for p in model.parameters())
+        rows.append([name, f"{parameters:,}", f"{count / 1e6:.1f}"])
+    return table(["model (30 classes)", "parameters", "million MACs a clip"], rows)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

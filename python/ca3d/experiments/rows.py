@@ -1,0 +1,142 @@
+"""The rows that finished runs leave: one JSON object a line."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ca3d.errors import UserError
+from ca3d.experiments.cells import Cell
+from ca3d.training.logs import finite
+
+__all__ = ["Row", "RowFile", "cell_of", "read_rows"]
+
+Row = dict[str, Any]
+
+
+class RowFile:
+    """A JSON-lines file that is only ever appended to, a whole line at a time.
+
+    A process that is killed in the middle of a line leaves half of one; it is cut off when the file
+    is opened again. Two processes can't hold the same file.
+
+    Args:
+        path: The file; made when missing, with its folder.
+
+    Attributes:
+        rows: All rows, by key; of two with the same key the later one.
+
+    Raises:
+        ca3d.errors.UserError: The file can't be written, is held by another process, or has a line
+            that is no row.
+
+    Example:
+        >>> with RowFile(scratch / "rows.jsonl") as file:
+        ...     file.add({"key": "a", "accuracy": 0.5})
+        >>> read_rows(scratch / "rows.jsonl")
+        {'a': {'key': 'a', 'accuracy': 0.5}}
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab+")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise UserError(f"{path} is in use by another process") from error
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self._file.truncate(whole)
+        try:
+            self.rows = _parse(content[:whole].decode(), self.path)
+        except UserError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, row: Row) -> None:
+        """Appends a row; when this returns it is on the disk.
+
+        Args:
+            row: Plain values with a "key"; NaN and infinity are stored as null.
+
+        Raises:
+            ca3d.errors.UserError: The disk is full.
+        """
+        line = json.dumps(finite(row), ensure_ascii=False) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self.rows[row["key"]] = json.loads(line)
+
+
+def read_rows(path: str | Path) -> dict[str, Row]:
+    """Reads the rows of a file by key.
+
+    Args:
+        path: A file that `RowFile` wrote; a missing one has no rows.
+
+    Returns:
+        The rows in the order in which they were written; half a line at the end is left out.
+
+    Raises:
+        ca3d.errors.UserError: A line is no row.
+
+    Example:
+        >>> read_rows("missing.jsonl")
+        {}
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    return _parse(content[: content.rfind(b"\n") + 1].decode(), path)
+
+
+def cell_of(row: Row) -> Cell:
+    """The cell that a row is of.
+
+    Args:
+        row: A row of `ca3d.experiments.runner`.
+
+    Example:
+        >>> cell = Cell("m", "float32", 0, {})
+        >>> cell_of({"key": cell.key, "cell": cell.to_dict()}) == cell
+        True
+    """
+    return Cell.of(row["cell"])
+
+
+def _parse(text: str, path: Path) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["key"]] = row
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: no row of an experiment") from error
+    return rows
