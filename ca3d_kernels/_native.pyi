@@ -102,3 +102,15 @@ def normalise_backward(
     gradients: tuple[int, int],
     threads: int,
 ) -> None: ...
+def temporal_block(
+    dtype: str,
+    sizes: tuple[int, int, int, int, int],
+    window: tuple[int, int, int, int],
+    scale: float,
+    key_table: list[int],
+    convolutions: int,
+    weights: tuple[int, int, int, int, int, int, int, int],
+    x: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    threads: int,
+) -> None: ...

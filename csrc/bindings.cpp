@@ -20,6 +20,7 @@
 #include "local_attention/local_attention.h"
 #include "norm_relu_conv/norm_relu_conv.h"
 #include "preparam_step/preparam_step.h"
+#include "temporal_block/temporal_block.h"
 
 using ca3d::parse_attention;
 using ca3d::parse_dtype;
@@ -136,6 +137,24 @@ void normalise_backward(const std::string& dtype, const std::array<int64_t, 2>& 
                            pointer<double>(gradients[0]), pointer<double>(gradients[1]), threads);
 }
 
+// sizes, window, scale and key_table as for local attention; weights are the addresses of the
+// fields of TemporalBlockWeights, x and out (address, stride of outer, frame, inner).
+void temporal_block(const std::string& dtype, const std::array<int64_t, 5>& sizes,
+                    const std::array<int64_t, 4>& window, double scale,
+                    const std::vector<int64_t>& key_table, int64_t convolutions,
+                    const std::array<int64_t, 8>& weights, const std::array<int64_t, 4>& x,
+                    const std::array<int64_t, 4>& out, int threads) {
+  const ca3d::TemporalBlockProblem problem{parse_attention(dtype, sizes, window, scale, key_table),
+                                           convolutions};
+  const auto at = [&](int i) { return pointer<const void>(weights[i]); };
+  const ca3d::TemporalBlockWeights parsed{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  const auto clip = [](const std::array<int64_t, 4>& c) {
+    return ca3d::TemporalBlockClip{pointer<void>(c[0]), c[1], c[2], c[3]};
+  };
+  const py::gil_scoped_release release;
+  ca3d::temporal_block(problem, parsed, clip(x), clip(out), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -169,6 +188,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("normalise_backward", &normalise_backward, py::arg("dtype"), py::arg("matrix"),
         py::arg("relu"), py::arg("affine"), py::arg("eps"), py::arg("y"), py::arg("statistics"),
         py::arg("dz"), py::arg("more"), py::arg("dy"), py::arg("gradients"), py::arg("threads"));
+  m.def("temporal_block", &temporal_block, py::arg("dtype"), py::arg("sizes"), py::arg("window"),
+        py::arg("scale"), py::arg("key_table"), py::arg("convolutions"), py::arg("weights"),
+        py::arg("x"), py::arg("out"), py::arg("threads"));
   m.def("openmp", [] {
 #ifdef _OPENMP
     return std::to_string(_OPENMP);

@@ -14,9 +14,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ca3d.predict import Predictor
 
-__all__ = ["load"]
+__all__ = ["fuse", "load"]
+
+
+def fuse(model: nn.Module, *, portable: bool = False) -> nn.Module:
+    """Returns a copy of a model for inference: batch normalisations folded, dropout removed.
+
+    Args:
+        model: The model; it is not changed.
+        portable: Whether a CA3D model uses torch's own operators only, for export to a runtime that
+            doesn't have those of `ca3d_kernels`.
+
+    Returns:
+        A model with the same logits (to rounding), in evaluation mode; see
+        `ca3d.models.fusion.fuse`.
+
+    Raises:
+        TypeError: Not a module, fused already, or batch normalisations in a model that `torch.fx`
+            can't follow.
+        ValueError: A batch normalisation keeps no running statistics.
+
+    Example:
+        >>> import ca3d, torch
+        >>> from ca3d.models import ca3d_tiny
+        >>> ca3d.fuse(ca3d_tiny(num_classes=5))(torch.zeros(1, 3, 16, 32, 32)).shape
+        torch.Size([1, 5])
+    """
+    from ca3d.models.fusion import fuse
+
+    return fuse(model, portable=portable)
 
 
 def load(file: str | Path, device: str | None = None) -> Predictor:
