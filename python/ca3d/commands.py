@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.training.config import TrainConfig
+    from ca3d.watch.calibrate import CalibrateConfig
+    from ca3d.watch.options import WatchConfig
 
 
 def train(config: TrainConfig) -> None:
@@ -127,6 +129,29 @@ def predict(config: PredictConfig) -> int:
     if not found:
         raise UserError(f"{config.path}: none of the {len(videos)} videos could be read")
     return 0
+
+
+def watch(config: WatchConfig) -> None:
+    """Watches a camera or a file.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.watch.run import watch as run
+
+    run(config)
+
+
+def calibrate(config: CalibrateConfig) -> None:
+    """Calibrates a model, and prints what was measured.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.watch.calibrate import calibrate as run
+
+    _log_warnings()
+    print(run(config))
 
 
 def convert(config: ConvertConfig) -> None:

@@ -173,6 +173,39 @@ def evaluate(config: EvalConfig) -> EvalResult:
         Traceback (most recent call last):
         ca3d.errors.UserError: missing.safetensors: no such file
     """
+    scores, dataset = score_split(config)
+    result = EvalResult.of_scores(
+        scores,
+        dataset,
+        weights=str(weights_file(config.weights)),
+        data=config.data,
+        split=config.list_file or config.split,
+        clips=config.clips,
+        crops=config.crops,
+        average=config.average,
+    )
+    if config.out is not None:
+        result.save(config.out)
+    return result
+
+
+def score_split(config: EvalConfig) -> tuple[Scores, VideoFolder]:
+    """Classifies every video of a split.
+
+    Args:
+        config: The options; see `EvalConfig`.
+
+    Returns:
+        The scores, and the data set that knows files and classes.
+
+    Raises:
+        ca3d.errors.UserError: The weights or data can't be used, or none of the videos be read.
+
+    Example:
+        >>> score_split(EvalConfig("missing.safetensors", "videos"))
+        Traceback (most recent call last):
+        ca3d.errors.UserError: missing.safetensors: no such file
+    """
     from ca3d import precision, weights
     from ca3d.data.folder import VideoFolder
     from ca3d.predict import check_complete, clip_spec
@@ -214,19 +247,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
     )
     if not scores.metrics.count:
         raise UserError(f"{config.data}: none of the {len(dataset)} videos could be read")
-    result = EvalResult.of_scores(
-        scores,
-        dataset,
-        weights=str(file),
-        data=config.data,
-        split=config.list_file or config.split,
-        clips=config.clips,
-        crops=config.crops,
-        average=config.average,
-    )
-    if config.out is not None:
-        result.save(config.out)
-    return result
+    return scores, dataset
 
 
 def weights_file(path: str | Path) -> Path:

@@ -17,6 +17,7 @@ from ca3d import precision, weights
 from ca3d.data.reader import VIDEO_SUFFIXES, VideoReader, open_video
 from ca3d.data.sampling import ClipSpec
 from ca3d.data.transforms import Normalize, evaluation_crops
+from ca3d.data.view import View
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
 from ca3d.training.device import choose_device
@@ -257,6 +258,7 @@ def clip_spec(info: weights.ModelInfo) -> ClipSpec:
         frames_per_second=info.frames_per_second,
         size=info.size,
         resize=info.resize,
+        view=View.parse(info.view),
     )
 
 

@@ -18,6 +18,7 @@ from ca3d.data.folder import VideoFolder
 from ca3d.data.reader import VideoError, open_video
 from ca3d.data.samples import Sample
 from ca3d.data.sampling import ClipSpec
+from ca3d.data.view import View
 from ca3d.errors import UserError
 from ca3d.training.config import TrainConfig
 from ca3d.training.loader import default_workers
@@ -72,6 +73,7 @@ class Data:
             frames_per_second=self.clip.frames_per_second,
             size=self.clip.size,
             resize=self.clip.resize,
+            view=str(self.clip.view),
             precision=config.precision,
             trained_on=self.trained_on,
             extra={},
@@ -114,6 +116,7 @@ def prepare_data(config: TrainConfig, folder: Path, say: Callable[[str], None]) 
         frames_per_second=float(fps),
         size=config.size,
         resize=config.resize or config.size,
+        view=View.parse(config.view),
     )
 
     def open_split(name: str, training: bool, **options: Any) -> VideoFolder:
@@ -143,6 +146,8 @@ def prepare_data(config: TrainConfig, folder: Path, say: Callable[[str], None]) 
     options = {"mean": mean, "std": std}
     train = open_split("train", True, flip=config.flip, augment=config.augment, **options)
     say(train.describe())
+    if lists.background_index(classes) is not None:
+        say("class background: learnt as any other class; `ca3d watch` never reports it")
     return Data(
         train=train,
         val=open_split("val", False, **options) if "val" in parts else None,
