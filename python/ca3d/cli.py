@@ -62,6 +62,7 @@ COMMANDS = (
         (
             "ca3d eval runs/mine my_videos",
             "ca3d eval runs/mine my_videos --clips 10 --crops 3 --out results",
+            "ca3d eval runs/mine long_videos --untrimmed",
         ),
     ),
     Command(

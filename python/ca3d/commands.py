@@ -67,6 +67,9 @@ def evaluate(config: EvalConfig) -> None:
     from ca3d.evaluate import evaluate as run
 
     _log_warnings()
+    if config.untrimmed:
+        _evaluate_untrimmed(config)
+        return
     result = run(config)
     if config.json:
         print(_json(result.to_dict()))
@@ -77,6 +80,17 @@ def evaluate(config: EvalConfig) -> None:
         print(f"left out: {message}", file=sys.stderr)
     if config.out is not None:
         print(f"figures, predictions and confusion matrix: {config.out}")
+
+
+def _evaluate_untrimmed(config: EvalConfig) -> None:
+    from ca3d.watch.untrimmed import evaluate_untrimmed
+
+    result = evaluate_untrimmed(config)
+    print(_json(result.to_dict()) if config.json else result)
+    for message in result.broken:
+        print(f"left out: {message}", file=sys.stderr)
+    if config.out is not None:
+        print(f"figures and events: {config.out}", file=sys.stderr)
 
 
 def predict(config: PredictConfig) -> int:

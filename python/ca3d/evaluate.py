@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,19 @@ class EvalConfig:
     average: Literal["logits", "softmax"] = option(
         "logits", "What is averaged over clips and crops", "Views"
     )
+    untrimmed: bool = option(
+        False,
+        "DATA holds long videos and annotations.csv (path,label,start,end): find events in them as"
+        " `ca3d watch` does",
+        "Untrimmed videos",
+    )
+    step: int = option(4, "Model frames from one recognition to the next", "Untrimmed videos")
+    leave: float = option(
+        0.7, "Share of its threshold above which an activity goes on", "Untrimmed videos"
+    )
+    min_duration: float = option(
+        0.5, "Seconds that something must last to be an event", "Untrimmed videos"
+    )
     out: str | None = option(
         None, "Folder for figures, confusion matrix and predictions", "Results"
     )
@@ -51,12 +65,16 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Raises `UserError` for the first option whose value is not allowed."""
-        for name in ("clips", "batch_size"):
+        for name in ("clips", "batch_size", "step"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} must be at least 1, not {getattr(self, name)}")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"--workers must be at least 0, not {self.workers}")
+        if not 0 < self.leave <= 1:
+            raise UserError(f"--leave must be above 0 and at most 1, not {self.leave}")
+        if not 0 <= self.min_duration < math.inf:
+            raise UserError(f"--min-duration must be at least 0, not {self.min_duration}")
 
 
 @dataclass

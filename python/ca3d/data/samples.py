@@ -13,8 +13,6 @@ from ca3d.data.reader import VIDEO_SUFFIXES
 from ca3d.errors import UserError
 
 SPLITS = ("train", "val", "test")
-# Class of what is no activity: learnt like any other, and never an event.
-BACKGROUND = "background"
 _LIST_SUFFIXES = (".csv", ".jsonl")
 
 
@@ -292,20 +290,6 @@ def load_info(root: str | os.PathLike[str]) -> DatasetInfo:
             raise UserError(f"{file}: {key} must be {wanted}, got {value!r}")
         known[key] = value
     return DatasetInfo(**known, extra=content)
-
-
-def background_index(classes: Sequence[str]) -> int | None:
-    """Returns the place of the class that is no event, or None.
-
-    Args:
-        classes: Class names; the one called `background`, in any case, is meant.
-
-    Example:
-        >>> background_index(["Background", "fall"])
-        0
-    """
-    names = [name.strip().casefold() for name in classes]
-    return names.index(BACKGROUND) if BACKGROUND in names else None
 
 
 def sided_classes(names: Iterable[str]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from ca3d import weights
 from ca3d.data import samples as lists
 from ca3d.data import splits, statistics
+from ca3d.data.background import background_index
 from ca3d.data.folder import VideoFolder
 from ca3d.data.reader import VideoError, open_video
 from ca3d.data.samples import Sample
@@ -146,7 +147,7 @@ def prepare_data(config: TrainConfig, folder: Path, say: Callable[[str], None]) 
     options = {"mean": mean, "std": std}
     train = open_split("train", True, flip=config.flip, augment=config.augment, **options)
     say(train.describe())
-    if lists.background_index(classes) is not None:
+    if background_index(classes) is not None:
         say("class background: learnt as any other class; `ca3d watch` never reports it")
     return Data(
         train=train,

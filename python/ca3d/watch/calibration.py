@@ -99,7 +99,8 @@ def fit(logits: Tensor, labels: Tensor, measured_on: str = "") -> Calibration:
 
     The temperature is that of the least cross-entropy (Guo et al., On Calibration of Modern Neural
     Networks, 2017). A class's threshold is the one with the best F1 of telling its clips from all
-    others; among equally good ones the middle, but at least 1/2 where a lower one is no better.
+    others, the middle among equally good ones; but at least 1/2: what is less likely than all the
+    rest together is not reported.
 
     Args:
         logits: (samples, classes).
@@ -193,5 +194,4 @@ def _best_threshold(scores: Tensor, positive: Tensor) -> float:
     best = int(torch.where(possible, f1, -1.0).argmax())
     upper = float(scores[best])
     lower = float(scores[best + 1]) if best + 1 < len(scores) else 0.0
-    middle = (upper + lower) / 2
-    return max(middle, DEFAULT_THRESHOLD) if upper >= DEFAULT_THRESHOLD else middle
+    return max((upper + lower) / 2, DEFAULT_THRESHOLD)

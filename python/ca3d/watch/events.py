@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ca3d.data.samples import background_index
+from ca3d.data.background import background_index
 from ca3d.watch.calibration import Calibration
 
 UNKNOWN = "unknown"

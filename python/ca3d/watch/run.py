@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ca3d import weights
-from ca3d.data.samples import background_index
+from ca3d.data.background import background_index
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
 from ca3d.training.device import choose_device
