@@ -11,14 +11,15 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ca3d.predict import Predictor
+    from ca3d.streaming import Stream
 
-__all__ = ["fuse", "load"]
+__all__ = ["Stream", "fuse", "load"]
 
 
 def fuse(model: nn.Module, *, portable: bool = False) -> nn.Module:
@@ -72,3 +73,11 @@ def load(file: str | Path, device: str | None = None) -> Predictor:
     from ca3d.predict import Predictor
 
     return Predictor.from_file(file, device=device)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Stream":
+        from ca3d.streaming import Stream
+
+        return Stream
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

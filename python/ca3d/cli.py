@@ -62,6 +62,7 @@ COMMANDS = (
         (
             "ca3d eval runs/mine my_videos",
             "ca3d eval runs/mine my_videos --clips 10 --crops 3 --out results",
+            "ca3d eval runs/mine long_videos --untrimmed",
         ),
     ),
     Command(
@@ -74,6 +75,25 @@ COMMANDS = (
             "ca3d predict new.mp4 --weights runs/mine --picture timeline.png",
             "ca3d predict folder --weights runs/mine --json > labels.json",
         ),
+    ),
+    Command(
+        "watch",
+        "ca3d.watch.options:WatchConfig",
+        "watch",
+        "recognise what happens in front of a camera, in private",
+        (
+            "ca3d watch rtsp://camera.local/stream --weights runs/mine --credentials camera.txt",
+            "ca3d watch 0 --weights runs/mine --events events.jsonl",
+            "ca3d watch day.mp4 --weights runs/mine --view 'roi 100,0,480,480'",
+            "ca3d watch day.mp4 --weights runs/mine --realtime --stats",
+        ),
+    ),
+    Command(
+        "calibrate",
+        "ca3d.watch.calibrate:CalibrateConfig",
+        "calibrate",
+        "fit temperature and thresholds on validation videos, and store them in the weights",
+        ("ca3d calibrate runs/mine my_videos",),
     ),
     Command(
         "convert",
@@ -460,6 +480,8 @@ def _check_required(name: str, config: Any) -> None:
         "eval": ("weights", "data"),
         "compare": ("data",),
         "predict": ("path", "weights"),
+        "watch": ("source", "weights"),
+        "calibrate": ("weights", "data"),
         "convert": ("input", "out"),
         "data make": ("name", "out"),
         "data check": ("data",),

@@ -85,6 +85,9 @@ class MakeConfig:
     views: Literal["side", "all"] = option(
         "side", "Cameras of the mocap sets: around the figure's right side, or all around (harder)"
     )
+    background: bool = option(
+        False, "Add the class background to a mocap set: an empty room, or somebody standing still"
+    )
     seed: int = option(0, "Another seed gives other videos")
     workers: int = option(2, "Processes")
     force: bool = option(False, "Replace a data set that this command made")

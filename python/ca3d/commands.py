@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.training.config import TrainConfig
+    from ca3d.watch.calibrate import CalibrateConfig
+    from ca3d.watch.options import WatchConfig
 
 
 def train(config: TrainConfig) -> None:
@@ -78,6 +80,9 @@ def evaluate(config: EvalConfig) -> None:
     from ca3d.evaluate import evaluate as run
 
     _log_warnings()
+    if config.untrimmed:
+        _evaluate_untrimmed(config)
+        return
     result = run(config)
     if config.json:
         print(_json(result.to_dict()))
@@ -88,6 +93,17 @@ def evaluate(config: EvalConfig) -> None:
         print(f"left out: {message}", file=sys.stderr)
     if config.out is not None:
         print(f"figures, predictions and confusion matrix: {config.out}")
+
+
+def _evaluate_untrimmed(config: EvalConfig) -> None:
+    from ca3d.watch.untrimmed import evaluate_untrimmed
+
+    result = evaluate_untrimmed(config)
+    print(_json(result.to_dict()) if config.json else result)
+    for message in result.broken:
+        print(f"left out: {message}", file=sys.stderr)
+    if config.out is not None:
+        print(f"figures and events: {config.out}", file=sys.stderr)
 
 
 def predict(config: PredictConfig) -> int:
@@ -140,6 +156,29 @@ def predict(config: PredictConfig) -> int:
     if not found:
         raise UserError(f"{config.path}: none of the {len(videos)} videos could be read")
     return 0
+
+
+def watch(config: WatchConfig) -> None:
+    """Watches a camera or a file.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.watch.run import watch as run
+
+    run(config)
+
+
+def calibrate(config: CalibrateConfig) -> None:
+    """Calibrates a model, and prints what was measured.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.watch.calibrate import calibrate as run
+
+    _log_warnings()
+    print(run(config))
 
 
 def convert(config: ConvertConfig) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ca3d.data.split_options import SplitOptions
 from ca3d.errors import UserError
 from ca3d.options import option
 
 if TYPE_CHECKING:
+    from ca3d.data.folder import VideoFolder
     from ca3d.data.samples import Sample
     from ca3d.training.loader import ClipDataset
     from ca3d.training.scoring import Scores
@@ -43,6 +45,19 @@ class EvalConfig(SplitOptions):
     average: Literal["logits", "softmax"] = option(
         "logits", "What is averaged over clips and crops", "Views"
     )
+    untrimmed: bool = option(
+        False,
+        "DATA holds long videos and annotations.csv (path,label,start,end): find events in them as"
+        " `ca3d watch` does",
+        "Untrimmed videos",
+    )
+    step: int = option(4, "Model frames from one recognition to the next", "Untrimmed videos")
+    leave: float = option(
+        0.7, "Share of its threshold above which an activity goes on", "Untrimmed videos"
+    )
+    min_duration: float = option(
+        0.5, "Seconds that something must last to be an event", "Untrimmed videos"
+    )
     out: str | None = option(
         None, "Folder for figures, confusion matrix and predictions", "Results"
     )
@@ -55,12 +70,16 @@ class EvalConfig(SplitOptions):
     def validate(self) -> None:
         """Raises `UserError` for the first option whose value is not allowed."""
         self.validate_split()
-        for name in ("clips", "batch_size"):
+        for name in ("clips", "batch_size", "step"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} must be at least 1, not {getattr(self, name)}")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"--workers must be at least 0, not {self.workers}")
+        if not 0 < self.leave <= 1:
+            raise UserError(f"--leave must be above 0 and at most 1, not {self.leave}")
+        if not 0 <= self.min_duration < math.inf:
+            raise UserError(f"--min-duration must be at least 0, not {self.min_duration}")
 
 
 @dataclass
@@ -177,6 +196,59 @@ def evaluate(config: EvalConfig) -> EvalResult:
         Traceback (most recent call last):
         ca3d.errors.UserError: missing.safetensors: no such file
     """
+    scored = score_split(config)
+    result = EvalResult.of_scores(
+        scored.scores,
+        scored.dataset,
+        weights=str(weights_file(config.weights)),
+        data=config.data,
+        split=config.list_file or config.split,
+        clips=config.clips,
+        crops=config.crops,
+        average=config.average,
+        model=scored.info.model,
+        precision=scored.info.precision,
+        protocol=scored.protocol,
+        missing=len(scored.dataset.missing),
+    )
+    if config.out is not None:
+        result.save(config.out)
+    return result
+
+
+class ScoredSplit(NamedTuple):
+    """What a model says of every video of a split.
+
+    Attributes:
+        scores: Of each video that could be read.
+        dataset: Knows the files and their classes.
+        info: What the weights file says of the model.
+        protocol: The protocol that chose the videos, or None.
+    """
+
+    scores: Scores
+    dataset: VideoFolder
+    info: ModelInfo
+    protocol: dict[str, Any] | None
+
+
+def score_split(config: EvalConfig) -> ScoredSplit:
+    """Classifies every video of a split.
+
+    Args:
+        config: The options; see `EvalConfig`.
+
+    Returns:
+        Scores, data set, model and protocol.
+
+    Raises:
+        ca3d.errors.UserError: The weights or data can't be used, or none of the videos be read.
+
+    Example:
+        >>> score_split(EvalConfig("missing.safetensors", "videos"))
+        Traceback (most recent call last):
+        ca3d.errors.UserError: missing.safetensors: no such file
+    """
     from ca3d import precision, weights
     from ca3d.data.folder import VideoFolder
     from ca3d.predict import check_complete, clip_spec
@@ -220,23 +292,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
     )
     if not scores.metrics.count:
         raise UserError(f"{config.data}: none of the {len(dataset)} videos could be read")
-    result = EvalResult.of_scores(
-        scores,
-        dataset,
-        weights=str(file),
-        data=config.data,
-        split=config.list_file or config.split,
-        clips=config.clips,
-        crops=config.crops,
-        average=config.average,
-        model=info.model,
-        precision=info.precision,
-        protocol=protocol,
-        missing=len(dataset.missing),
-    )
-    if config.out is not None:
-        result.save(config.out)
-    return result
+    return ScoredSplit(scores, dataset, info, protocol)
 
 
 def _protocol_samples(

@@ -12,13 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from ca3d import precision, weights
-from ca3d.data.reader import VIDEO_SUFFIXES, VideoReader, open_video
+from ca3d.data.reader import VIDEO_SUFFIXES, VideoReader, open_video, short_side_size
 from ca3d.data.sampling import ClipSpec
 from ca3d.data.transforms import Normalize, evaluation_crops
+from ca3d.data.view import View
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
+from ca3d.streaming import Stream
 from ca3d.training.device import choose_device
 
 
@@ -222,6 +225,50 @@ class Predictor:
         labels = self._top(probabilities.mean(0), top_k)
         return Prediction(Path(path), duration, labels, windows, self.info.classes, probabilities)
 
+    def prepare(self, frames: Tensor) -> Tensor:
+        """Turns frames of a video into the model's input, as `predict` does.
+
+        Args:
+            frames: uint8 (n, 3, H, W), RGB; the video's shorter side is resized to the model's
+                `resize` unless it has that size, and the centre is cut out.
+
+        Returns:
+            float32 (3, n, size, size), normalised, in the model's colour order: what
+            `ca3d.Stream.push` takes.
+
+        Raises:
+            TypeError: not uint8.
+            ValueError: another shape.
+        """
+        if not isinstance(frames, Tensor) or frames.dtype != torch.uint8:
+            kind = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
+            raise TypeError(f"frames must be a uint8 tensor, got {kind}")
+        if frames.dim() != 4 or frames.shape[1] != 3 or min(frames.shape) < 1:
+            raise ValueError(
+                "frames must have the shape (frames, 3, height, width) without empty dimensions, "
+                f"got {tuple(frames.shape)}"
+            )
+        height, width = frames.shape[2:]
+        wide, high = short_side_size(width, height, self.clip.resize)
+        if (high, wide) != (height, width):
+            frames = v2.functional.resize(frames, [high, wide], antialias=True)
+        return self._normalize(evaluation_crops(frames, self.clip.size)[0])
+
+    def stream(self, stride: int = 1) -> Stream:
+        """Begins to watch a video of which frames come one after the other.
+
+        Args:
+            stride: frames from one window to the next.
+
+        Returns:
+            A stream in the model's precision; it takes what `prepare` returns. Frames must come at
+            the model's rate: every `info.stride`-th of `info.frames_per_second` (or of the video).
+
+        Raises:
+            TypeError, ValueError: see `ca3d.Stream`.
+        """
+        return Stream(self.model, stride, precision=self.info.precision)
+
     @torch.no_grad()
     def _probabilities(self, video: VideoReader, positions: np.ndarray) -> Tensor:
         frames = self.clip.read(video, positions, short_side=self.clip.resize)
@@ -258,6 +305,7 @@ def clip_spec(info: weights.ModelInfo) -> ClipSpec:
         size=info.size,
         resize=info.resize,
         window=info.window,
+        view=View.parse(info.view),
     )
 
 

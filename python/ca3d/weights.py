@@ -22,7 +22,7 @@ from ca3d import models
 from ca3d.errors import UserError
 from ca3d.files import write_atomically
 
-__all__ = ["VERSION", "ModelInfo", "load", "load_info", "save"]
+__all__ = ["VERSION", "ModelInfo", "load", "load_info", "replace_info", "save"]
 
 VERSION = 1
 _VERSION_KEY, _INFO_KEY = "ca3d.version", "ca3d.info"
@@ -45,6 +45,7 @@ class ModelInfo:
         frames_per_second: of the videos that the model was trained on; None when unknown.
         size: side of the square crop in pixels.
         resize: length of the shorter side before cropping.
+        view: region of the frames that it was trained on; see `ca3d.data.view.View`.
         precision: regime in which the model was trained.
         trained_on: the data set, in words.
         extra: further plain JSON values.
@@ -70,12 +71,13 @@ class ModelInfo:
     size: int = 112
     resize: int = 112
     window: int | None = None
+    view: str = "center"
     precision: str = "float32"
     trained_on: str = ""
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("model", "precision", "trained_on"):
+        for name in ("model", "view", "precision", "trained_on"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
         for name in ("options", "extra"):
@@ -167,6 +169,31 @@ def save(
         tensors[name] = plain.clone() if plain.data_ptr() in seen else plain
         seen.add(plain.data_ptr())
     # Through memory: the library's own writer reports a full disk without its errno.
+    content = safetensors.torch.save(tensors, metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def replace_info(path: str | Path, info: ModelInfo) -> None:
+    """Writes a weights file anew with other information and the same tensors, atomically.
+
+    Args:
+        path: a file written by `save`.
+        info: what to say about the model.
+
+    Raises:
+        ca3d.errors.UserError: no such file, or not one of this package's.
+        OSError: it can't be written; the previous file is intact.
+
+    Example:
+        >>> replace_info("missing.safetensors", ModelInfo("ca3d", {}))
+        Traceback (most recent call last):
+        ca3d.errors.UserError: missing.safetensors: no such file
+    """
+    with _opened(path) as file:
+        metadata = file.metadata()
+        _info(path, metadata)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata = {**metadata, _INFO_KEY: json.dumps(dataclasses.asdict(info))}
     content = safetensors.torch.save(tensors, metadata)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from ca3d.data.reader import VideoError, VideoReader, open_video, short_side_size
+from ca3d.data.reader import VideoError, VideoReader, open_video
 from ca3d.data.samples import find_samples, load_samples, splits_of
+from ca3d.data.view import short_side_size
 from ca3d.errors import UserError
 
 FORMATS = ("jpeg", "npy")

@@ -10,20 +10,13 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from ca3d.data.reader import VideoError, VideoReader, short_side_size
-
-# Containers that hold their frames themselves. Left out on purpose: hls, dash, concat, sdp, rtsp,
-# image sequences, lavfi and whatever else opens further files or addresses.
-_CONTAINERS = "asf,avi,flv,gif,matroska,webm,mov,mp4,3gp,3g2,mj2,mpeg,mpegts,mpegvideo,ogg"
-_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+from ca3d.data.av_frames import FILE_OPTIONS, SCALER, is_cover, orientation, upright
+from ca3d.data.reader import VideoError, VideoReader
+from ca3d.data.view import short_side_size
 
 # Decoding up to this many unneeded frames is cheaper than a seek, which drops what the decoder has
 # in flight.
 _SEEK_GAP = 4
-
-# Colour conversion on one thread: a reader in a DataLoader worker must not start more. Older PyAV
-# knows no other way.
-_SCALER = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 _NOTHING = "no frame can be decoded: the file is damaged, or its codec unsupported"
 
@@ -127,7 +120,7 @@ class AVReader(VideoReader):
                 # The prefix keeps FFmpeg from reading a protocol out of the name.
                 f"file:{self.path.absolute()}",
                 metadata_errors="ignore",
-                container_options=_OPTIONS,
+                container_options=FILE_OPTIONS,
             )
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(
@@ -136,7 +129,7 @@ class AVReader(VideoReader):
             ) from error
         streams = self._container.streams
         # Cover pictures of audio files are video streams of one attached picture.
-        videos = [s for s in streams.video if not _is_cover(s)]
+        videos = [s for s in streams.video if not is_cover(s)]
         if not videos:
             kind = "only sound" if streams.audio else "no video stream"
             raise VideoError(f"{self.path}: holds {kind}, give a file with pictures")
@@ -393,7 +386,7 @@ class AVReader(VideoReader):
 
     def _image(self, frame: Any, short_side: int | None) -> np.ndarray:
         if self._orientation is None:
-            self._orientation = _orientation(frame)
+            self._orientation = orientation(frame)
         context = self._stream.codec_context
         # A stream may change its size half-way: every frame is brought to the first size.
         width, height = short_side_size(context.width, context.height, short_side)
@@ -403,43 +396,6 @@ class AVReader(VideoReader):
             height=height,
             format="rgb24",
             interpolation="BILINEAR",
-            **_SCALER,
+            **SCALER,
         )
-        return _upright(rgb.to_ndarray(), self._orientation)
-
-
-def _is_cover(stream: Any) -> bool:
-    disposition = stream.disposition
-    return bool(disposition & type(disposition).attached_pic)
-
-
-def _orientation(frame: Any) -> np.ndarray:
-    """Returns the 2x2 matrix of -1, 0, 1 by which a camera asks a frame to be turned and flipped.
-
-    It maps (x, y) of a stored pixel, as the row vector (x, y) @ matrix, to the upright picture.
-    Angles between are rounded to the nearest quarter turn.
-    """
-    identity = np.eye(2, dtype=np.int64)
-    for data in frame.side_data:
-        if "DISPLAYMATRIX" in str(data.type):
-            a, b, _, c, d, *_ = np.frombuffer(bytes(data), dtype=np.int32)[:9].astype(np.float64)
-            matrix = np.asarray([[a, b], [c, d]])
-            largest = np.abs(matrix).max()
-            if largest == 0:
-                return identity
-            quarter = np.rint(matrix / largest)
-            valid = np.abs(np.linalg.det(quarter)) == 1 and np.abs(quarter).sum() == 2
-            return quarter.astype(np.int64) if valid else identity
-    return identity
-
-
-def _upright(image: np.ndarray, orientation: np.ndarray) -> np.ndarray:
-    (a, b), (c, d) = orientation
-    if a == 0:
-        # Rows become columns: x' = c y and y' = b x.
-        image, a, d = image.transpose(1, 0, 2), c, b
-    if a < 0:
-        image = image[:, ::-1]
-    if d < 0:
-        image = image[::-1]
-    return np.ascontiguousarray(image)
+        return upright(rgb.to_ndarray(), self._orientation)

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from ca3d.data.reader import INSTALL_AV, VideoError, VideoReader, short_side_size
+from ca3d.data.reader import INSTALL_AV, VideoError, VideoReader
+from ca3d.data.view import short_side_size
 
 _CHUNK = 64
 

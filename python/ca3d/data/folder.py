@@ -129,7 +129,8 @@ class VideoFolder(Dataset[Item | None]):
         self.flip, self._flip_reason = self._flip_choice(flip)
         self.augment = augment
         self._augment = training_transform(clip.size, clip.resize, self.flip, augment)
-        self._cache = FrameCache.find(root, cache, clip.resize)
+        # A region in pixels is one of the files' frames, not of the smaller ones in the cache.
+        self._cache = None if clip.view.in_pixels else FrameCache.find(root, cache, clip.resize)
         # Shared with the loader's workers: they see a new epoch though they started before it, and
         # each broken file is reported by one of them only.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -238,7 +239,7 @@ class VideoFolder(Dataset[Item | None]):
             f"{self.info.name} [{self.split or 'all'}]: {len(self)} videos, {len(self.classes)} "
             f"classes of {min(counts)} to {max(counts)} videos",
             f"clip: {clip.frames} frames, every {_ordinal(clip.stride)} {at}; shorter side "
-            f"{clip.resize}, crop {clip.size}, {self.color}",
+            f"{clip.resize}, crop {clip.size}, view {clip.view}, {self.color}",
         ]
         if self.training:
             lines.append(

@@ -244,20 +244,6 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def short_side_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
-    """Returns (width, height) after resizing the shorter side, the other side rounded down.
-
-    Example:
-        >>> short_side_size(320, 240, 112)
-        (149, 112)
-    """
-    if short_side is None:
-        return width, height
-    if width <= height:
-        return short_side, max(1, short_side * height // width)
-    return max(1, short_side * width // height), short_side
-
-
 _HEAD_BYTES = 4096
 _MAGIC_AT_START = (
     b"\x1aE\xdf\xa3",  # Matroska, WebM

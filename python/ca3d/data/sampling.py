@@ -1,13 +1,15 @@
 """Which frames of a video make a clip: no video library here, only frame numbers and times."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from ca3d.data.reader import VideoReader
+from ca3d.data.transforms import apply_cut
+from ca3d.data.view import Cut, View
 
 Mode = Literal["random", "center", "uniform"]
 
@@ -27,6 +29,7 @@ class ClipSpec:
         frames_per_second: The model's frame rate, or None to count frames of the video.
         size: Height and width of the clip in pixels, after the crop.
         resize: Shorter side of a frame in pixels before the crop.
+        view: Which region of a frame the clip shows.
         window: None, or more than `frames`: that many frames are placed at the centre (drawn, in
             training), and the clip is the middle (a drawn part) of them. The published protocol
             reads 20 for a clip of 16.
@@ -48,6 +51,7 @@ class ClipSpec:
     size: int = 112
     resize: int = 112
     window: int | None = None
+    view: View = field(default_factory=View)
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride", "size", "resize"):
@@ -135,10 +139,14 @@ class ClipSpec:
         Args:
             reader: An open video.
             positions: (clips, frames) from `sample` of this very spec.
-            short_side: Shorter side in pixels, None for the size in the file.
+            short_side: Shorter side in pixels of what the view shows, None for whole frames in the
+                size of the file.
 
         Returns:
             uint8 (clips, frames, 3, H, W), RGB.
+
+        Raises:
+            ca3d.errors.UserError: The view reaches beyond the frames.
 
         Example:
             >>> spec = ClipSpec(frames=4, stride=2)
@@ -148,10 +156,14 @@ class ClipSpec:
             torch.Size([1, 4, 3, 48, 64])
         """
         flat = positions.reshape(-1)
+        cut = Cut(None)
+        if short_side is not None:
+            cut = self.view.cut(reader.width, reader.height, short_side)
         if np.issubdtype(flat.dtype, np.integer):
-            frames = reader.frames(flat.tolist(), short_side)
+            frames = reader.frames(flat.tolist(), cut.short_side)
         else:
-            frames = reader.frames_at(flat.tolist(), short_side)
+            frames = reader.frames_at(flat.tolist(), cut.short_side)
+        frames = apply_cut(frames, cut)
         return frames.unflatten(0, positions.shape)
 
     def _starts(

@@ -7,6 +7,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ca3d.data.view import Cut
+
 COLORS = ("rgb", "bgr")
 AUGMENTATIONS = ("light", "none")
 
@@ -126,6 +128,33 @@ class Normalize:
         mean = torch.tensor(self.mean).view(3, 1, 1, 1)
         out = clip.to(torch.float32, memory_format=torch.contiguous_format)
         return out.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def apply_cut(frames: Tensor, cut: Cut) -> Tensor:
+    """Cuts out of scaled frames what a view shows.
+
+    Args:
+        frames: uint8 (..., H, W), scaled to `cut.short_side`.
+        cut: From `ca3d.data.view.View.cut`.
+
+    Returns:
+        (..., H', W').
+
+    Example:
+        >>> from ca3d.data.view import View
+        >>> cut = View("letterbox").cut(64, 48, 32)
+        >>> apply_cut(torch.zeros(3, 24, 32, dtype=torch.uint8), cut).shape
+        torch.Size([3, 32, 32])
+    """
+    if cut.box is not None:
+        left, top, width, height = cut.box
+        frames = frames[..., top : top + height, left : left + width]
+    if cut.scaled is not None:
+        frames = v2.functional.resize(frames, [cut.scaled[1], cut.scaled[0]])
+    if any(cut.pad):
+        left, top, right, bottom = cut.pad
+        frames = torch.nn.functional.pad(frames, (left, right, top, bottom))
+    return frames
 
 
 def as_video(frames: Tensor) -> tv_tensors.Video:

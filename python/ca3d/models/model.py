@@ -39,6 +39,8 @@ class CA3D(nn.Module):
         name: the registered name.
         options: keyword arguments (`num_classes` among them) that rebuild the model.
         layers: the parts in order, by name: spatial1, ..., pool3, position, temporal3, ...
+        frames: frames of a clip.
+        frames_per_unit: frames that `encode_pairs` makes one of: 2, or 1 without a time pool.
         head: mean, normalisation and dropout.
         classifier: the final linear layer.
 
@@ -73,6 +75,7 @@ class CA3D(nn.Module):
         temporal = [i for i, n in enumerate(names) if n.startswith(("position", "temporal"))]
         self._clip_start = min(temporal, default=len(names))
         self._pair_start = min(pools, default=self._clip_start)
+        self.frames_per_unit = 2 if pools and config.frames > 1 else 1
         initialize(self)
 
     def forward(self, clip: Tensor) -> Tensor:

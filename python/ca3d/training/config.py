@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ca3d.data.split_options import SplitOptions
+from ca3d.data.view import View
 from ca3d.errors import UserError
 from ca3d.options import option
 
@@ -64,6 +65,12 @@ class TrainConfig(SplitOptions):
     )
     size: int = option(112, "Height and width of a clip in pixels", "Clips")
     resize: int | None = option(None, "Short side before cropping (default: --size)", "Clips")
+    view: str = option(
+        "center",
+        "Region of the frames: center, letterbox, or 'roi X,Y,W,H' in pixels or in shares of the"
+        " frame",
+        "Clips",
+    )
     flip: bool | None = option(
         None, "Mirror training clips at random (default: as the data set declares)", "Clips"
     )
@@ -214,6 +221,7 @@ class TrainConfig(SplitOptions):
             )
         if self.resize is not None and self.resize < self.size:
             raise UserError(f"--resize {self.resize} must be at least --size {self.size}")
+        View.parse(self.view)
         for name in ("mean", "std"):
             value = getattr(self, name)
             lowest = 0.0 if name == "mean" else 1e-6

@@ -16,10 +16,12 @@ from ca3d.data import samples as lists
 from ca3d.data import splits, statistics
 from ca3d.data.benchmarks import Protocol, partition
 from ca3d.data.benchmarks.protocol import PUBLISHED_WINDOW
+from ca3d.data.background import background_index
 from ca3d.data.folder import VideoFolder
 from ca3d.data.reader import VideoError, open_video
 from ca3d.data.samples import Sample
 from ca3d.data.sampling import ClipSpec
+from ca3d.data.view import View
 from ca3d.errors import UserError
 from ca3d.training.config import TrainConfig
 from ca3d.training.distributed import World
@@ -83,6 +85,7 @@ class Data:
             size=self.clip.size,
             resize=self.clip.resize,
             window=self.clip.window,
+            view=str(self.clip.view),
             precision=config.precision,
             trained_on=self.trained_on,
             extra={"protocol": self.protocol.to_dict()},
@@ -156,6 +159,7 @@ def prepare_data(
         size=config.size,
         resize=config.resize or config.size,
         window=PUBLISHED_WINDOW * config.frames // 16 if published else None,
+        view=View.parse(config.view),
     )
 
     def open_split(name: str, training: bool, clip: ClipSpec = clip, **options: Any) -> VideoFolder:
@@ -190,6 +194,8 @@ def prepare_data(
     flip = True if published and config.flip is None else config.flip
     train = open_split("train", True, flip=flip, augment=config.augment, **options)
     say(train.describe())
+    if background_index(classes) is not None:
+        say("class background: learnt as any other class; `ca3d watch` never reports it")
     return Data(
         train=train,
         val=open_split("val", False, **options) if "val" in parts else None,

@@ -13,7 +13,8 @@ import torch
 
 from ca3d.data import reader as reader_module
 from ca3d.data.decode_av import AVReader
-from ca3d.data.reader import VideoError, check_file, open_video, short_side_size
+from ca3d.data.reader import VideoError, check_file, open_video
+from ca3d.data.view import short_side_size
 from ca3d.errors import UserError
 
 # Container, codec, options: key frames every 12 frames, far apart, or everywhere; with and without

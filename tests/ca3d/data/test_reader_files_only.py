@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import pytest
 
-from ca3d.data import decode_av
+from ca3d.data.av_frames import FILE_OPTIONS
 from ca3d.data.reader import VideoError, check_file, open_video
 
 
@@ -94,7 +94,7 @@ def test_these_scripts_do_work_without_the_locks(tmp_path, secret, listener):
 
 
 def test_only_containers_are_on_the_list():
-    names = set(decode_av._CONTAINERS.split(","))
+    names = set(FILE_OPTIONS["format_whitelist"].split(","))
     others = {
         "hls",
         "dash",
@@ -109,7 +109,7 @@ def test_only_containers_are_on_the_list():
         "data",
     }
     assert not names & others
-    assert decode_av._OPTIONS["protocol_whitelist"] == "file"
+    assert FILE_OPTIONS["protocol_whitelist"] == "file"
 
 
 def test_a_playlist_behind_a_transport_stream_byte(tmp_path):

@@ -1,6 +1,7 @@
 """Writes video files of which neither size nor compression tells what they show."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -20,13 +21,15 @@ CODECS: dict[str, tuple[str, str, str, dict[str, str]]] = {
 }
 
 
-def write_video(path: Path, frames: np.ndarray, frames_per_second: int, codec: str) -> None:
+def write_video(
+    path: Path, frames: np.ndarray, frames_per_second: int | Fraction, codec: str
+) -> None:
     """Writes one video, every frame on its own.
 
     Args:
         path: the file; its suffix should be the codec's.
         frames: (T, H, W, 3) uint8 RGB with even H and W.
-        frames_per_second: a whole number.
+        frames_per_second: the rate.
         codec: a key of `CODECS`.
 
     Raises:

@@ -15,13 +15,19 @@ from typing import Any
 
 from ca3d.data.embedded.encode import check_codec, pad_file
 from ca3d.data.embedded.intervals import SPLITS, YAW
-from ca3d.data.embedded.recipe import DESCRIPTIONS, Recipe
+from ca3d.data.embedded.recipe import DESCRIPTIONS, UNTRIMMED, Recipe
 from ca3d.data.embedded.worker import Job, run, to_json
 from ca3d.errors import UserError
 
 MADE_BY = "ca3d data make"
 Progress = Callable[[int, int], None]
 DEFAULT_FRAMES = {"mocap15": 40, "mocap30": 40, "motion-order": 16}
+LONGEST_UNTRIMMED = 36000
+UNTRIMMED_SIZES: Mapping[str, Mapping[str, int]] = {
+    "small": {"val": 1, "test": 2},
+    "default": {"val": 4, "test": 12},
+    "large": {"val": 12, "test": 48},
+}
 
 # size -> clips of each split, rounded up to as many of every class
 SIZES: Mapping[str, Mapping[str, int]] = {
@@ -77,9 +83,13 @@ def make(
     frames_per_second: int = 16,
     segments: int = 2,
     views: str = "side",
+    background: bool = False,
     force: bool = False,
 ) -> Path:
     """Makes a data set: class folders with videos, split files, `dataset.json`, `clips.csv`.
+
+    The untrimmed sets have no classes of clips but a folder per split, `val` and `test`, and
+    `annotations.csv` (path, label, start, end in seconds) of the actions in them.
 
     All files have the same length, codec and number of bytes. The clip with a given seed, split and
     index is the same for any number of workers. The folder appears when it is complete.
@@ -95,11 +105,14 @@ def make(
         workers: processes; 1 works in this one.
         progress: called with the number of finished clips and of all clips.
         resolution: side of the frames in pixels, even, 32 to 512.
-        frames: frames of a clip; None for 40 (`motion-order`: 16).
+        frames: frames of a clip; None for 40 (`motion-order`: 16; untrimmed: five minutes, one
+            for `"small"`).
         frames_per_second: rate of the files, 4 to 60.
         segments: motions in a row in `motion-order`, 2 or 3.
         views: where the camera of the mocap sets stands: `"side"` within 60 degrees of the
             performer's right side, `"all"` anywhere around (much harder).
+        background: add the class `background` to a mocap set: an empty room, or somebody who
+            stands still.
         force: replace a data set that this function made before.
 
     Returns:
@@ -118,16 +131,24 @@ def make(
         15
     """
     describe(name)
+    untrimmed = name.endswith(UNTRIMMED)
+    _whole("frames_per_second", frames_per_second, 4, 60)
+    if frames is None:
+        minutes = 1 if size == "small" else 5
+        frames = 60 * minutes * frames_per_second if untrimmed else DEFAULT_FRAMES[name]
     recipe = Recipe(
         name=name,
         size=_whole("resolution", resolution, 32, 512),
-        frames=DEFAULT_FRAMES[name] if frames is None else _whole("frames", frames, 2, 1024),
-        frames_per_second=_whole("frames_per_second", frames_per_second, 4, 60),
+        frames=_whole("frames", frames, 2, LONGEST_UNTRIMMED if untrimmed else 1024),
+        frames_per_second=frames_per_second,
         clutter=clutter,
         seed=_whole("seed", seed, 0, 2**31 - 1),
         segments=_whole("segments", segments, 2, 3),
         views=views,
+        background=background,
     )
+    if background and (untrimmed or not name.startswith("mocap")):
+        raise ValueError(f"background is for the mocap sets, not for {name!r}")
     if views not in YAW:
         raise ValueError(f"views is {views!r}, expected one of {', '.join(map(repr, YAW))}")
     if recipe.frames < recipe.least_frames:
@@ -138,7 +159,7 @@ def make(
         raise ValueError(f"clutter is {clutter}, expected a number from 0 to 1")
     check_codec(codec)
     _whole("workers", workers, 1, 256)
-    clips = _clips(size, len(recipe.classes))
+    clips = _untrimmed_clips(size) if untrimmed else _clips(size, len(recipe.classes))
     out = Path(out_dir)
     _check_free(out, force)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +199,20 @@ def _clips(size: str | Mapping[str, int], classes: int) -> dict[str, int]:
         raise ValueError(
             f"size['train'] is {clips['train']}, expected at least {classes} (classes)"
         )
+    return clips
+
+
+def _untrimmed_clips(size: str | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(size, str):
+        if size not in UNTRIMMED_SIZES:
+            allowed = ", ".join(map(repr, UNTRIMMED_SIZES))
+            raise ValueError(f"size is {size!r}, expected {allowed} or numbers per split")
+        size = UNTRIMMED_SIZES[size]
+    if set(size) - {"val", "test"}:
+        raise ValueError(f"size has the keys {sorted(size)}, expected of val, test")
+    clips = {split: _whole(f"size[{split!r}]", size.get(split, 0), 0, 10**4) for split in SPLITS}
+    if not sum(clips.values()):
+        raise ValueError("size asks for no video")
     return clips
 
 
@@ -297,6 +332,16 @@ def _equalise(folder: Path, rows: list[dict[str, Any]]) -> None:
         pad_file(folder / row["path"], size)
 
 
+def _write_annotations(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the events of untrimmed videos, and takes them out of the rows."""
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["path", "label", "start", "end"])
+        for row in rows:
+            events = row.pop("events")
+            writer.writerows([row["path"], e["label"], e["start"], e["end"]] for e in events)
+
+
 def _write_tables(
     recipe: Recipe,
     codec: str,
@@ -304,7 +349,9 @@ def _write_tables(
     folder: Path,
     rows: list[dict[str, Any]],
 ) -> None:
-    for split in SPLITS:
+    if recipe.untrimmed:
+        _write_annotations(folder / "annotations.csv", rows)
+    for split in SPLITS if not recipe.untrimmed else ():
         with (folder / f"{split}.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "label"])

@@ -181,8 +181,34 @@ def render_mocap(clip: MocapClip, frames: int, frames_per_second: float) -> np.n
     """
     motion = load_motions()[clip.motion]
     joints, target = _performance(motion, clip, frames, frames_per_second)
+    video = _draw(clip, joints, target)
+    return np.ascontiguousarray(video[::-1]) if clip.backwards else video
+
+
+def render_empty(clip: MocapClip, frames: int) -> np.ndarray:
+    """Renders a clip's room without the figure.
+
+    Args:
+        clip: gives room and camera.
+        frames: number of frames.
+
+    Returns:
+        (frames, S, S, 3) uint8 RGB.
+
+    Example:
+        >>> clip = draw_clip(np.random.default_rng(0), 0, "train", 48, 0.0, False)
+        >>> render_empty(clip, 4).shape
+        (4, 48, 48, 3)
+    """
+    return _draw(clip, None, np.zeros((frames, 2)))
+
+
+def _draw(clip: MocapClip, joints: np.ndarray | None, target: np.ndarray) -> np.ndarray:
     rng = np.random.default_rng(clip.seed)
-    shadow = draw_shadow(joints, target, clip.camera, clip.look, clip.shadow)
+    size = clip.camera.size
+    shadow = np.ones((len(target), size, size), dtype=np.float32)
+    if joints is not None:
+        shadow = draw_shadow(joints, target, clip.camera, clip.look, clip.shadow)
     picture = draw_background(
         clip.background_texture,
         clip.background_hue,
@@ -193,12 +219,12 @@ def render_mocap(clip: MocapClip, frames: int, frames_per_second: float) -> np.n
     )
     clutter = Clutter(clip.clutter)
     clutter.draw(rng, picture, in_front=False)
-    draw_figure(picture, joints, target, clip.camera, clip.look)
+    if joints is not None:
+        draw_figure(picture, joints, target, clip.camera, clip.look)
     clutter.draw(rng, picture, in_front=True)
     _add_sensor_noise(rng, picture)
     picture *= 255.0
-    video = np.clip(picture, 0.0, 255.0, out=picture).astype(np.uint8)
-    return np.ascontiguousarray(video[::-1]) if clip.backwards else video
+    return np.clip(picture, 0.0, 255.0, out=picture).astype(np.uint8)
 
 
 def _performance(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ca3d.data.background import BACKGROUND
 from ca3d.data.embedded.intervals import INTERVALS, SPLITS, YAW, Intervals
 from ca3d.data.embedded.mocap import draw_clip, mocap_classes, render_mocap
 from ca3d.data.embedded.motion_order import (
@@ -15,7 +16,9 @@ from ca3d.data.embedded.motion_order import (
     order_classes,
     render_order,
 )
+from ca3d.data.embedded.untrimmed import draw_segments, render_pause, render_segments
 
+UNTRIMMED = "-untrimmed"
 HONESTY = (
     "rendered figures driven by motion capture, one performer and one recording per action: it "
     "measures generalisation over view, tempo and body, never over people"
@@ -25,6 +28,14 @@ DESCRIPTIONS = {
     "mocap30": (
         "15 human actions, each also played backwards, so that single frames can't tell more than "
         f"half of the classes; {HONESTY}"
+    ),
+    "mocap15-untrimmed": (
+        "long videos for `ca3d eval --untrimmed`, in which the actions of mocap15 come and go in"
+        " one room, with pauses (an empty room, or somebody standing still) between;"
+        f" {HONESTY}"
+    ),
+    "mocap30-untrimmed": (
+        f"as mocap15-untrimmed, with the actions of mocap30: each also played backwards; {HONESTY}"
     ),
     "motion-order": (
         "a drawn sprite that moves once along each axis of the picture; the class is the order and "
@@ -47,6 +58,7 @@ class Recipe:
         seed: another seed gives other clips.
         segments: motions in a row in a clip of `motion-order`.
         views: where the camera of the mocap sets stands, a key of `YAW`.
+        background: whether the mocap sets have a class of no action.
     """
 
     name: str
@@ -57,6 +69,27 @@ class Recipe:
     seed: int
     segments: int = 2
     views: str = "side"
+    background: bool = False
+
+    @property
+    def untrimmed(self) -> bool:
+        """Whether the videos are long, and show many actions.
+
+        Example:
+            >>> Recipe("mocap30-untrimmed", 64, 480, 16, 0.0, 0).untrimmed
+            True
+        """
+        return self.name.endswith(UNTRIMMED)
+
+    @property
+    def with_reversed(self) -> bool:
+        """Whether the actions are played backwards too.
+
+        Example:
+            >>> Recipe("mocap30", 64, 40, 16, 0.0, 0).with_reversed
+            True
+        """
+        return self.name.startswith("mocap30")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,7 +101,7 @@ class Recipe:
         """
         if self.name == "motion-order":
             return order_classes(self.segments)
-        return mocap_classes(self.name == "mocap30")
+        return mocap_classes(self.with_reversed) + (BACKGROUND,) * self.background
 
     @property
     def intervals(self) -> dict[str, dict[str, Intervals]]:
@@ -111,7 +144,8 @@ class Recipe:
             index: number of the clip in its split.
 
         Returns:
-            frames: (T, S, S, 3) uint8 RGB. varied: the values drawn from `intervals`.
+            frames: (T, S, S, 3) uint8 RGB. varied: the values drawn from `intervals`; for an
+            untrimmed video also its `events` (label, start, end in seconds).
 
         Example:
             >>> video, varied = Recipe("mocap15", 48, 4, 16, 0.0, 0).render("test", 3)
@@ -125,6 +159,29 @@ class Recipe:
         if self.name == "motion-order":
             order = draw_order_clip(rng, label, split, self.size, self.clutter, self.segments)
             return render_order(order, self.frames), order.varied()
-        with_reversed = self.name == "mocap30"
-        clip = draw_clip(rng, label, split, self.size, self.clutter, with_reversed, self.views)
-        return render_mocap(clip, self.frames, self.frames_per_second), clip.varied()
+        rate = self.frames_per_second
+        if self.untrimmed:
+            room, segments = draw_segments(
+                rng,
+                split,
+                self.frames,
+                rate,
+                self.size,
+                self.clutter,
+                self.with_reversed,
+                self.views,
+            )
+            events = [
+                {"label": s.label, "start": s.begin / rate, "end": s.end / rate}
+                for s in segments
+                if s.label
+            ]
+            return render_segments(room, segments, rate), {**room.varied(), "events": events}
+        pause = self.classes[label] == BACKGROUND
+        motion = 0 if pause else label
+        clip = draw_clip(
+            rng, motion, split, self.size, self.clutter, self.with_reversed, self.views
+        )
+        if pause:
+            return render_pause(rng, clip, self.frames, rate), clip.varied()
+        return render_mocap(clip, self.frames, rate), clip.varied()

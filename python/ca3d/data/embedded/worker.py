@@ -48,7 +48,10 @@ class Job:
             for index in range(self.clips[split]):
                 label = self.recipe.label(index)
                 if position % self.workers == self.worker:
-                    yield split, index, f"{names[label]}/{made[label]:04d}{suffix}"
+                    place = f"{names[label]}/{made[label]:04d}"
+                    if self.recipe.untrimmed:
+                        place = f"{split}/{index:04d}"
+                    yield split, index, place + suffix
                 made[label] += 1
                 position += 1
 
@@ -76,8 +79,10 @@ def run(job: Job, finished: Callable[[], None]) -> list[dict[str, Any]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         video, varied = job.recipe.render(split, index)
         write_video(path, video, job.recipe.frames_per_second, job.codec)
-        label = job.recipe.classes[job.recipe.label(index)]
-        rows.append({"path": name, "label": label, "split": split, **varied})
+        row: dict[str, Any] = {"path": name, "split": split}
+        if not job.recipe.untrimmed:
+            row["label"] = job.recipe.classes[job.recipe.label(index)]
+        rows.append({**row, **varied})
         finished()
     return rows
 

@@ -41,7 +41,13 @@ def decode(path: Path) -> np.ndarray:
 
 
 def test_names_and_descriptions() -> None:
-    assert embedded.names() == ["mocap15", "mocap30", "motion-order"]
+    assert embedded.names() == [
+        "mocap15",
+        "mocap30",
+        "mocap15-untrimmed",
+        "mocap30-untrimmed",
+        "motion-order",
+    ]
     for name in ("mocap15", "mocap30"):
         assert HONESTY in embedded.describe(name)
     assert HONESTY.startswith("rendered figures driven by motion capture, one performer")
