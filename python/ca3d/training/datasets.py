@@ -14,9 +14,9 @@ from torch import nn
 from ca3d import weights
 from ca3d.data import samples as lists
 from ca3d.data import splits, statistics
+from ca3d.data.background import background_index
 from ca3d.data.benchmarks import Protocol, partition
 from ca3d.data.benchmarks.protocol import PUBLISHED_WINDOW
-from ca3d.data.background import background_index
 from ca3d.data.folder import VideoFolder
 from ca3d.data.reader import VideoError, open_video
 from ca3d.data.samples import Sample
