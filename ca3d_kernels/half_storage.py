@@ -139,7 +139,7 @@ class _Recomputed(torch.autograd.Function):
             else:
                 copies = [_wide(x).detach() for x in tensors]
                 inputs = [copies[i].requires_grad_() for i in wanted]
-            outputs = [x for x in _pytree.tree_leaves(ctx.call(*copies)) if isinstance(x, Tensor)]
+            outputs = _pytree.tree_leaves(ctx.call(*copies))
             pairs = [
                 (y, _wide(g))
                 for y, g in zip(outputs, grads, strict=True)

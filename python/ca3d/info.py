@@ -82,7 +82,7 @@ def installation() -> dict[str, Any]:
 
 
 def models() -> dict[str, Any]:
-    """Returns the models with their numbers of parameters at 101 classes.
+    """Returns the models with their numbers of parameters at 101 classes, or what they need.
 
     Example:
         >>> models()["ca3d"]
@@ -94,9 +94,13 @@ def models() -> dict[str, Any]:
 
     content = {}
     for name in known.names():
-        with torch.device("meta"):
-            count = sum(p.numel() for p in known.create(name, num_classes=101).parameters())
-        content[name] = f"{count:,} parameters at 101 classes"
+        try:
+            with torch.device("meta"):
+                count = sum(p.numel() for p in known.create(name, num_classes=101).parameters())
+        except UserError as error:
+            content[name] = str(error)
+        else:
+            content[name] = f"{count:,} parameters at 101 classes"
     return content
 
 

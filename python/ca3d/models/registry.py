@@ -178,7 +178,7 @@ def create_for_clips(
         num_classes: number of classes, at least 1.
         frames: frames of a clip.
         size: height and width of a clip; models that take any size don't have this option.
-        **options: the model's own options; they override `frames` and `size`.
+        **options: the model's own options.
 
     Returns:
         As `create`.
@@ -230,10 +230,11 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     try:
         module = importlib.import_module(f"ca3d.models.baselines.{_BASELINES[name].module}")
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in _LIBRARIES:
+        library = str(error.name).partition(".")[0]
+        if library not in _LIBRARIES:
             raise
         raise UserError(
-            f"model {name!r} needs the package {error.name}, which is missing; run: {INSTALL}"
+            f"model {name!r} needs the package {library}, which is missing; run: {INSTALL}"
         ) from error
     builder: Callable[..., nn.Module] = getattr(module, name)
     return builder
