@@ -184,6 +184,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        "study claims",
+        "ca3d.experiments.claims_study:ClaimsConfig",
+        "study_claims",
+        "replace the model's parts one at a time",
+        (
+            "ca3d study claims --only position,keys --scale reduced",
+            "ca3d study claims --budget-hours 8 --out studies/claims",
+        ),
+    ),
+    Command(
         "demo",
         "ca3d.demo:DemoConfig",
         "demo",

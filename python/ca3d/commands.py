@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from ca3d.demo import DemoConfig
     from ca3d.evaluate import EvalConfig
+    from ca3d.experiments.claims_study import ClaimsConfig
     from ca3d.experiments.compare import CompareConfig
     from ca3d.experiments.precision_study import PrecisionStudyConfig
     from ca3d.experiments.results_study import ResultsConfig
@@ -404,6 +405,17 @@ def study_results(config: ResultsConfig) -> None:
         config: The options.
     """
     from ca3d.experiments.results_study import run
+
+    print(f"report: {run(config)}")
+
+
+def study_claims(config: ClaimsConfig) -> None:
+    """Runs the ablations, and says where their report is.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.experiments.claims_study import run
 
     print(f"report: {run(config)}")
 

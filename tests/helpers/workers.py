@@ -4,8 +4,8 @@ Usage: python workers.py JOBS.json
 
 JOBS is a list of {"processes": 2, "call": "module:function", "arguments": {...}}, done in turn. In
 every process the function gets the arguments and may return a JSON value; a line with the list of
-all of them is printed for each job. One process imports torch once and forks all others from there, as
-torchrun's environment variables would have it.
+all of them is printed for each job. A job with "dies": true must fail. One process imports torch
+once and forks all others from there, with the environment variables that torchrun would set.
 """
 
 import importlib
@@ -73,8 +73,10 @@ def main() -> None:
                         os._exit(status)
                 children.append(child)
             failed = [os.waitpid(child, 0)[1] for child in children]
+            if bool(any(failed)) != bool(job.get("dies")):
+                sys.exit(f"{job} ended with {failed}")
             if any(failed):
-                sys.exit(f"{job} failed: {failed}")
+                continue
             print("answers:", json.dumps([json.loads(a.read_text()) for a in answers]), flush=True)
 
 

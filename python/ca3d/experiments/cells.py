@@ -24,12 +24,13 @@ class Cell:
         regime_options: Options of the regime: constant, loss_factor, rounding.
         recipe: Fields of `ca3d.training.TrainConfig` that differ from its defaults.
         part: What the run is for, such as "tune"; rows are told apart by it.
+        variant: Name of the model's options, for people.
         observe: Steps between two looks at the tensors (`ca3d.experiments.observer`); 0 for none.
 
     Example:
         >>> cell = Cell("ca3d_tiny", "float32", 0, {"name": "motion-order"})
-        >>> cell.key[:23]
-        'ca3d_tiny-float32-s0-64'
+        >>> cell.key[:21]
+        'ca3d_tiny-float32-s0-'
         >>> cell.key == Cell.of(cell.to_dict()).key
         True
     """
@@ -42,6 +43,7 @@ class Cell:
     regime_options: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     part: str = "main"
+    variant: str = ""
     observe: int = 0
 
     @property

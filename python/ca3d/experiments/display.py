@@ -29,12 +29,13 @@ def condition(cell: Cell) -> str:
         >>> condition(Cell("r3d", "qat", 3, {"control": "shuffled"}, part="tune"))
         'tune r3d qat control=shuffled'
     """
-    options = {**cell.model_options, **cell.regime_options}
+    options = dict(cell.regime_options)
     if cell.part == "tune":
         options |= {key: cell.recipe[key] for key in ("lr", "weight_decay") if key in cell.recipe}
     if cell.data.get("control"):
         options["control"] = cell.data["control"]
-    words = [cell.model, cell.regime, *(f"{k}={_short(v)}" for k, v in options.items())]
+    model = f"{cell.model}#{cell.variant}" if cell.variant else cell.model
+    words = [model, cell.regime, *(f"{k}={_short(v)}" for k, v in options.items())]
     return " ".join(words if cell.part == "main" else [cell.part, *words])
 
 

@@ -150,6 +150,7 @@ class Plan:
             model_options=self.models[name],
             recipe={**self.recipe, **self.own.get(name, {}), "lr": rate},
             part=part,
+            variant=name.partition("#")[2],
         )
 
 

@@ -299,15 +299,13 @@ def run(config: PrecisionStudyConfig) -> Path:
     options = RunOptions(folder, config.jobs, config.budget_hours)
     study = _read(config, folder)
     if not config.only_report:
-        cells = [cell for cells in study.tuning.values() for cell in cells]
-        run_cells(cells, options, display)
-        study = _read(config, folder)
-        parts: list[list[Cell]] = [[], []]
         border = first_conditions() * config.seeds
-        for cells in study.main.values():
-            parts[0] += cells[:border]
-            parts[1] += cells[border:]
-        run_cells([*parts[0], *study.native, *parts[1]], options, display)
+        for name in config.names:
+            run_cells(study.tuning[name], options, display)
+            study = _read(config, folder)
+            run_cells(study.main.get(name, [])[:border], options, display)
+        rest = [cell for cells in study.main.values() for cell in cells[border:]]
+        run_cells([*study.native, *rest], options, display)
         study = _read(config, folder)
     report = Path(config.report) if config.report else folder / "report.md"
     write_report(study, report, scale)

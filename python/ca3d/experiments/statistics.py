@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ __all__ = [
 #: With fewer runs than this nothing is inferred: a report says "no inference".
 LEAST_SEEDS = 5
 NO_INFERENCE = "no inference"
+
+Name = TypeVar("Name", bound=Hashable)
 
 _Z95 = 1.959963984540054
 
@@ -230,7 +233,7 @@ def _t_tails(t: float, freedom: int) -> float:
     return max(0.0, 1.0 - inside)
 
 
-def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """Holm's step-down correction of many p-values.
 
     Args:

@@ -1,0 +1,313 @@
+"""`ca3d study claims`: the paper's statements about its own parts, each as a comparison."""
+
+# `option` returns dataclasses.field(...), which is what a default should be.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ca3d.errors import UserError
+from ca3d.experiments.comparison_report import Entry, comparison, csv_rows, entries
+from ca3d.experiments.display import Display
+from ca3d.experiments.markdown import machine, percent, table
+from ca3d.experiments.plan import Plan, run_plan
+from ca3d.experiments.rows import Row, read_rows
+from ca3d.experiments.runner import ROWS, RunOptions
+from ca3d.experiments.statistics import holm, paired_difference
+from ca3d.options import option
+from ca3d.training.checkpoint import write_file
+from ca3d.training.logs import write_csv
+
+__all__ = ["CLAIMS", "Claim", "ClaimsConfig", "plan_of", "run", "verdict"]
+
+_MODEL = "ca3d_variant"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that a part of the model helps.
+
+    Args:
+        name: As `--only` has it.
+        statement: What is claimed: that the first of `variants` is better than the others.
+        variants: Options of the model by name, the claimed one first.
+        data: What differs from the data of the scale.
+        recipe: What differs from the recipe of the scale.
+    """
+
+    name: str
+    statement: str
+    variants: Mapping[str, Mapping[str, Any]]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MOCAP = {"name": "mocap30"}
+_LONG = {"name": "motion-order", "segments": 3}
+CLAIMS = (
+    Claim(
+        "temporal-part",
+        "the temporal halves' attention and convolutions each contribute",
+        {
+            "both": {},
+            "convolutions only": {"attention": "none"},
+            "attention only": {"temporal_depths": [0, 0, 0, 0]},
+            "neither": {"temporal_heads": [0, 0, 0, 0], "temporal_depths": [0, 0, 0, 0]},
+        },
+    ),
+    Claim(
+        "attention-32",
+        "local attention does as well as full attention, at linear cost (32 frames, 3 motions)",
+        {
+            "local": {},
+            "full": {"attention": "full"},
+            "shifted grid": {"attention": "grid"},
+            "linear": {"attention": "linear"},
+        },
+        data={**_LONG, "frames": 32, "step": 1},
+    ),
+    Claim(
+        "attention-64",
+        "the same at 64 frames",
+        {
+            "local": {},
+            "full": {"attention": "full"},
+            "shifted grid": {"attention": "grid"},
+            "linear": {"attention": "linear"},
+        },
+        data={**_LONG, "frames": 64, "step": 1},
+    ),
+    Claim(
+        "space-time",
+        "attention along time alone is enough",
+        {"time": {}, "space-time": {"attention": "space-time"}},
+    ),
+    Claim(
+        "normalisation",
+        "batch normalisation is better than layer normalisation",
+        {"batch": {}, "layer": {"norm": "layer"}},
+    ),
+    Claim(
+        "column",
+        "a residual column is better than an MLP of width 1",
+        {"residual": {}, "mlp": {"column": "mlp"}},
+    ),
+    Claim(
+        "early-temporal",
+        "temporal halves are not needed in blocks 1 and 2",
+        {
+            "blocks 3, 4": {},
+            "blocks 1 to 4": {"temporal_heads": [1, 2, 4, 8], "temporal_depths": [2, 2, 2, 2]},
+        },
+        data={"frames": 16},
+    ),
+    Claim(
+        "head",
+        "a global mean does as well as a token that attends to all positions",
+        {"mean": {}, "token": {"head": "token"}},
+    ),
+    Claim(
+        "position",
+        "the positional table helps",
+        {"table": {}, "none": {"position": False}},
+    ),
+    Claim(
+        "activation",
+        "convolution, ReLU, normalisation is better than pre-activation blocks",
+        {"post": {}, "pre": {"block": "pre"}},
+    ),
+    Claim(
+        "projection",
+        "a projection per head does as well as a dense one",
+        {"per head": {}, "dense": {"dense_qkv": True}},
+    ),
+    Claim(
+        "keys",
+        "attention to a head's own keys is better than the published code's other heads' keys",
+        # The published keys need zeros beyond the clip's ends; both have them.
+        {"own": {"edge": "zero"}, "published": {"edge": "zero", "keys": "published"}},
+    ),
+    Claim(
+        "edges",
+        "windows that end at the clip's ends are better than padded or moved ones",
+        {"truncate": {}, "zero": {"edge": "zero"}, "shift": {"edge": "shift"}},
+    ),
+    Claim(
+        "pools",
+        "time pools in front of the blocks (the paper's words) do as well as inside (its code)",
+        {"paper": {}, "published": {"pool": "published"}},
+    ),
+)
+#: Statements that say "as well as": a difference held against them must be a loss.
+_AS_WELL = ("as well", "the same", "enough", "not needed")
+
+SCALES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "full": (
+        {**_MOCAP, "frames": 16, "size": 32, "step": 1, "train": 2700, "val": 240, "test": 480},
+        {"epochs": 12, "batch_size": 32, "schedule": "cosine", "weight_decay": 5e-3},
+    ),
+    "reduced": (
+        {**_MOCAP, "frames": 8, "size": 16, "step": 2, "train": 960, "val": 240, "test": 480},
+        {"epochs": 10, "batch_size": 32, "schedule": "cosine", "weight_decay": 5e-3},
+    ),
+}
+RATES = (0.03, 0.1)
+
+
+@dataclass
+class ClaimsConfig:
+    """Every option of `ca3d study claims`.
+
+    Raises:
+        ca3d.errors.UserError: From `validate`.
+
+    Example:
+        >>> ClaimsConfig().scale
+        'full'
+    """
+
+    out: str = option("studies/claims", "Folder of the study; the same one goes on")
+    only: str = option("", "Claims, separated by commas (default: all)")
+    scale: Literal["full", "reduced"] = option(
+        "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x16x16, 960"
+    )
+    seeds: int = option(5, "Seeds of everything; fewer than 5 infer nothing")
+    report: str | None = option(None, "Markdown file of the report (default: in --out)")
+    only_report: bool = option(False, "Train nothing: report what the folder has")
+    jobs: int = option(1, "Runs at a time, one thread each", "Run")
+    budget_hours: float | None = option(
+        None, "CPU-hours, those of former calls included, after which no run is begun", "Run"
+    )
+    progress: Literal["auto", "rich", "plain", "none"] = option("auto", "Progress display", "Run")
+
+    def validate(self) -> None:
+        """Raises `UserError` for the first option whose value is not allowed."""
+        if self.seeds < 1:
+            raise UserError(f"--seeds must be at least 1, not {self.seeds}")
+        known = [claim.name for claim in CLAIMS]
+        for name in _words(self.only):
+            if name not in known:
+                raise UserError(f"--only: {name!r} is none of {', '.join(known)}")
+
+
+def plan_of(claim: Claim, config: ClaimsConfig) -> Plan:
+    """The comparison that a claim stands for.
+
+    Args:
+        claim: One of `CLAIMS`.
+        config: Scale and seeds.
+
+    Example:
+        >>> [name for name in plan_of(CLAIMS[-1], ClaimsConfig()).models]
+        ['ca3d_variant#paper', 'ca3d_variant#published']
+    """
+    data, recipe = SCALES[config.scale]
+    return Plan(
+        data={**data, **claim.data, "score_train": False},
+        models={f"{_MODEL}#{name}": options for name, options in claim.variants.items()},
+        regimes=["float32"],
+        seeds=range(config.seeds),
+        recipe={**recipe, **claim.recipe},
+        rates=RATES,
+    )
+
+
+def verdict(claim: Claim, found: list[Entry]) -> str:
+    """What the rows say of a claim.
+
+    Args:
+        claim: The claim.
+        found: Its lines, the claimed variant first.
+
+    Returns:
+        "held", "not held", "undecided", "no inference" or "not run yet". A claim that something is
+        better holds if every other variant is worse with a corrected p below 0.05, and does not if
+        one is better so; a claim that something does as well fails if another is better so, and is
+        else only not contradicted.
+    """
+    ours, *others = found
+    if not all(entry.rows for entry in found):
+        return "not run yet"
+    results = {other.title: paired_difference(ours.scores, other.scores) for other in others}
+    if not all(interval.inferred for interval, _ in results.values()):
+        return "no inference"
+    corrected = holm({title: p for title, (_, p) in results.items()})
+    sure = {title: results[title][0].mean for title, p in corrected.items() if p < 0.05}
+    if any(mean < 0 for mean in sure.values()):
+        return "not held"
+    if any(word in claim.statement for word in _AS_WELL):
+        return "not contradicted"
+    return "held" if len(sure) == len(others) else "undecided"
+
+
+def run(config: ClaimsConfig) -> Path:
+    """Runs what is missing of the study, and writes its report.
+
+    Args:
+        config: The options.
+
+    Returns:
+        The report.
+
+    Raises:
+        ca3d.errors.UserError: An option is not allowed, or a file can't be written.
+        ca3d.training.interrupt.StoppedError: SIGINT or SIGTERM came; finished runs are kept.
+    """
+    config.validate()
+    folder = Path(config.out)
+    chosen = [c for c in CLAIMS if c.name in (_words(config.only) or [c.name])]
+    todo = {claim.name: (claim, plan_of(claim, config)) for claim in chosen}
+    if not config.only_report:
+        options = RunOptions(folder, config.jobs, config.budget_hours)
+        display = Display(config.progress)
+        for _, plan in todo.values():
+            run_plan(plan, options, display)
+    rows = read_rows(folder / ROWS)
+    report = Path(config.report) if config.report else folder / "report.md"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    lines = _lines(config, todo, rows)
+    every = [
+        {"claim": name, **row}
+        for name, (_, plan) in todo.items()
+        for row in csv_rows(entries(plan, rows))
+    ]
+    if every:
+        write_csv(report.with_suffix(".csv"), every)
+    write_file(report, "\n".join(lines) + "\n")
+    return report
+
+
+def _lines(
+    config: ClaimsConfig, todo: Mapping[str, tuple[Claim, Plan]], rows: Mapping[str, Row]
+) -> list[str]:
+    taken = sum(row["cpu_seconds"] for row in rows.values()) / 3600
+    summary, details = [], []
+    for name, (claim, plan) in todo.items():
+        found = entries(plan, rows)
+        ours = found[0].mean("test_top1")
+        summary.append([name, claim.statement, percent(ours), verdict(claim, found)])
+        details += ["", f"## {name}: {claim.statement}", ""]
+        data = plan.data
+        details += [
+            f"{data['name']}, {data['frames']}x{data['size']}x{data['size']}, float32; learning"
+            f" rate chosen for each variant from {', '.join(map(str, RATES))} on validation.",
+            "",
+            *comparison(found),
+        ]
+    return [
+        "# The model's parts, one at a time",
+        "",
+        f"Written by `ca3d study claims --scale {config.scale} --only-report`. Every row is a"
+        " `ca3d_variant`, a `ca3d_tiny` with one part replaced, on clips rendered here: it says"
+        f" nothing about the full-size model. {len(rows)} runs, {taken:.2f} CPU-hours. {machine()}",
+        "",
+        *table(["claim", "statement", "test, %", "verdict"], summary),
+        *details,
+    ]
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

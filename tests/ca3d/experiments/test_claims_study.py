@@ -1,0 +1,75 @@
+"""Ablations: each variant can be built for its clips, and a verdict says what the rows say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ca3d import models
+from ca3d.data.embedded.recipe import Recipe
+from ca3d.errors import UserError
+from ca3d.experiments import claims_study
+from ca3d.experiments.claims_study import CLAIMS, Claim, ClaimsConfig, plan_of, verdict
+from ca3d.experiments.clips import complete
+from ca3d.experiments.comparison_report import Entry
+
+CLIPS = 200
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+@pytest.mark.parametrize("scale", ["full", "reduced"])
+def test_every_variant_can_be_built(claim: Claim, scale: str) -> None:
+    plan = plan_of(claim, ClaimsConfig(scale=scale, seeds=1))  # type: ignore[arg-type]
+    data = complete(plan.data)
+    options = {"size": data["size"], "frames": data["frames"]}
+    counts = []
+    for variant in plan.models.values():
+        model = models.create_for_clips("ca3d_variant", 48, **options, **variant)
+        counts.append({**model.options})
+    assert all(counts[0] != other for other in counts[1:])
+    recipe = Recipe(data["name"], 64, data["frames"] * data["step"], 16, 0.0, 0)
+    assert recipe.frames >= recipe.least_frames
+
+
+def test_long_clips_are_long_where_attention_is_local() -> None:
+    # Local attention differs from full attention only where the clip is longer than the window.
+    claim = next(c for c in CLAIMS if c.name == "attention-64")
+    config = ClaimsConfig()
+    plan = plan_of(claim, config)
+    model = models.create_for_clips("ca3d_variant", 48, frames=plan.data["frames"], size=32)
+    table = model.layers["position"].weight.shape[1]
+    assert table == 32 > 2 * 5
+
+
+def _entries(*rights: float, seeds: int = 5) -> list[Entry]:
+    found = []
+    for place, right in enumerate(rights):
+        rows = {}
+        for seed in range(seeds):
+            draws = np.random.default_rng(seed).random(CLIPS)
+            correct = "".join("1" if x < right else "0" for x in draws)
+            rows[seed] = {"correct": correct}
+        found.append(Entry(f"ca3d_variant#{place}", "float32", None, seeds, rows))
+    return found
+
+
+def test_verdicts() -> None:
+    better = Claim("x", "a part helps", {"a": {}, "b": {}})
+    assert verdict(better, _entries(0.8, 0.5)) == "held"
+    assert verdict(better, _entries(0.5, 0.8)) == "not held"
+    assert verdict(better, _entries(0.5, 0.5)) == "undecided"
+    assert verdict(better, _entries(0.8, 0.5, 0.8)) == "undecided"
+    assert verdict(better, _entries(0.8, 0.5, seeds=4)) == "no inference"
+    assert verdict(better, _entries(0.8, 0.5, seeds=0)) == "not run yet"
+    as_well = Claim("x", "a part does as well", {"a": {}, "b": {}})
+    assert verdict(as_well, _entries(0.5, 0.5)) == "not contradicted"
+    assert verdict(as_well, _entries(0.5, 0.8)) == "not held"
+
+
+def test_report_without_runs_says_so(tmp_path: Path) -> None:
+    config = ClaimsConfig(out=str(tmp_path), only="keys,pools", only_report=True)
+    text = claims_study.run(config).read_text()
+    assert text.count("| not run yet |") == 2
+    assert "## position" not in text
+    with pytest.raises(UserError, match="--only: 'color' is none of"):
+        ClaimsConfig(only="color").validate()
