@@ -1,6 +1,7 @@
 """Fused kernels for local temporal attention and float16 pre-parameter training."""
 
 from ca3d_kernels.backends import UnsupportedInputError, use_backend
+from ca3d_kernels.folded_conv.functional import folded_conv
 from ca3d_kernels.local_attention.functional import (
     local_temporal_attention,
     local_temporal_attention_packed,
@@ -23,6 +24,7 @@ __all__ = [
     "PreParamSGD",
     "PreParametrization",
     "UnsupportedInputError",
+    "folded_conv",
     "local_temporal_attention",
     "local_temporal_attention_packed",
     "norm_relu",
