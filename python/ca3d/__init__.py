@@ -50,12 +50,14 @@ def fuse(model: nn.Module, *, portable: bool = False) -> nn.Module:
     return fuse(model, portable=portable)
 
 
-def load(file: str | Path, device: str | None = None) -> Predictor:
+def load(file: str | Path, device: str | None = None, runtime: str = "torch") -> Predictor:
     """Loads a weights file and returns an object that predicts on video files.
 
     Args:
-        file: A `.safetensors` file written by `ca3d train` or `ca3d convert`.
+        file: A `.safetensors` file written by `ca3d train` or `ca3d convert`; with `runtime` "onnx"
+            a folder of `ca3d export onnx`.
         device: Where to compute, such as "cpu" or "cuda"; None takes CUDA when there is one.
+        runtime: "torch" or "onnx".
 
     Returns:
         The predictor; `predictor.predict("video.mp4")` gives a `ca3d.predict.Prediction`.
@@ -72,7 +74,7 @@ def load(file: str | Path, device: str | None = None) -> Predictor:
     """
     from ca3d.predict import Predictor
 
-    return Predictor.from_file(file, device=device)
+    return Predictor.from_file(file, device=device, runtime=runtime)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ca3d.experiments.compare import CompareConfig
     from ca3d.experiments.precision_study import PrecisionStudyConfig
     from ca3d.experiments.results_study import ResultsConfig
+    from ca3d.export.options import ExportConfig
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.training.config import TrainConfig
@@ -128,7 +129,7 @@ def predict(config: PredictConfig) -> int:
             raise UserError(f"{flag} must be {allowed}, not {getattr(config, name)}")
     videos = find_videos(config.path)
     predictor = Predictor.from_file(
-        config.weights, None if config.device == "auto" else config.device
+        config.weights, None if config.device == "auto" else config.device, config.runtime
     )
     single = not Path(config.path).is_dir()
     found: list[Prediction] = []
@@ -220,6 +221,25 @@ def convert(config: ConvertConfig) -> None:
     ]
     if missing:
         print(f"not known: {', '.join(missing)}; `ca3d predict` and `eval` need them")
+
+
+def export(config: ExportConfig) -> None:
+    """Exports a model, and prints how the files compare with it.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.export.run import export as run
+
+    result = run(config, lambda line: print(line, file=sys.stderr))
+    if config.json:
+        print(_json(result.to_dict()))
+        return
+    for comparison in result.comparisons:
+        print(comparison)
+    if result.accuracy is not None:
+        print(result.accuracy)
+    print(f"{result.folder}: {config.format}, {config.precision}")
 
 
 def data_make(config: MakeConfig) -> None:

@@ -198,11 +198,14 @@ class _FoldedSpatialBlock(nn.Module):
         self.column = _FoldedColumn(block.column, output, portable)
 
     def forward(self, clip: Tensor) -> Tensor:
-        frames = as_frames(clip)
+        return as_clip(self.images(as_frames(clip)), clip.shape[0])
+
+    def images(self, frames: Tensor) -> Tensor:
         if self.input_scale is not None:
             assert self.input_shift is not None
             frames = torch.addcmul(self.input_shift, frames, self.input_scale)
-        return as_clip(self.column(self.conv(frames)), clip.shape[0])
+        out: Tensor = self.column(self.conv(frames))
+        return out
 
 
 class _FoldedTemporalBlock(nn.Module):

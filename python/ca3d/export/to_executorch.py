@@ -1,0 +1,1 @@
+"""The ExecuTorch side of `ca3d export`."""
