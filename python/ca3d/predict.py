@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ca3d import precision, weights
-from ca3d.data.reader import VIDEO_SUFFIXES, VideoReader, open_video, short_side_size
+from ca3d.data.reader import VIDEO_SUFFIXES, VideoReader, open_video
 from ca3d.data.sampling import ClipSpec
-from ca3d.data.transforms import Normalize, evaluation_crops
-from ca3d.data.view import View
+from ca3d.data.transforms import Normalize, apply_cut, evaluation_crops
+from ca3d.data.view import View, short_side_size
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
 from ca3d.streaming import Stream
@@ -249,8 +249,8 @@ class Predictor:
         """Turns frames of a video into the model's input, as `predict` does.
 
         Args:
-            frames: uint8 (n, 3, H, W), RGB; the video's shorter side is resized to the model's
-                `resize` unless it has that size, and the centre is cut out.
+            frames: uint8 (n, 3, H, W), RGB, whole; the model's view is cut out of them, its shorter
+                side resized to the model's `resize`, and the centre cut out of that.
 
         Returns:
             float32 (3, n, size, size), normalised, in the model's colour order: what
@@ -259,6 +259,7 @@ class Predictor:
         Raises:
             TypeError: not uint8.
             ValueError: another shape.
+            ca3d.errors.UserError: the model's view reaches beyond the frames.
         """
         if not isinstance(frames, Tensor) or frames.dtype != torch.uint8:
             kind = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
@@ -269,9 +270,11 @@ class Predictor:
                 f"got {tuple(frames.shape)}"
             )
         height, width = frames.shape[2:]
-        wide, high = short_side_size(width, height, self.clip.resize)
+        cut = self.clip.view.cut(width, height, self.clip.resize)
+        wide, high = short_side_size(width, height, cut.short_side)
         if (high, wide) != (height, width):
             frames = v2.functional.resize(frames, [high, wide], antialias=True)
+        frames = apply_cut(frames, cut)
         return self._normalize(evaluation_crops(frames, self.clip.size)[0])
 
     def stream(self, stride: int = 1) -> Stream:

@@ -39,6 +39,7 @@ class RtspCamera:
         user_password: "user:password" that it asks for, or None.
         pace: Seconds from picture to picture.
         location: Where it redirects everybody, or None.
+        host: Where it listens.
     """
 
     def __init__(
@@ -47,18 +48,19 @@ class RtspCamera:
         user_password: str | None = None,
         pace: float = 0.02,
         location: str | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         self.pictures, self.user_password, self.pace = pictures, user_password, pace
-        self.location = location
+        self.location, self.host = location, host
         self.connections = self.plays = 0
         self.requests: list[str] = []
-        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket = socket.create_server((host, 0))
         self.port = self._socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
     @property
     def url(self) -> str:
-        return f"rtsp://127.0.0.1:{self.port}/stream"
+        return f"rtsp://{self.host}:{self.port}/stream"
 
     def __enter__(self) -> "RtspCamera":
         return self

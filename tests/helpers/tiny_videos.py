@@ -1,5 +1,7 @@
 """Small data sets of real video files for tests of the trainer and the command line."""
 
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -21,6 +23,33 @@ def write_video(path: Path, frames: np.ndarray, rate: int = RATE) -> None:
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+def write_any(
+    path: Path,
+    frames: np.ndarray,
+    *,
+    codec: str,
+    pix_fmt: str,
+    rate: int = 10,
+    pts: Sequence[int] | None = None,
+    **options: str,
+) -> Path:
+    """Frames (T, H, W, 3) by any codec, in any pixel format, at any times (milliseconds)."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if pts is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt)
+            frame.pts = number if pts is None else pts[number]
+            if pts is not None:
+                frame.time_base = Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
 
 
 def bar_video(direction: str, seed: int, frames: int = FRAMES) -> np.ndarray:

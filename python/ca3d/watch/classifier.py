@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from ca3d import precision, weights
 from ca3d.data.transforms import Normalize
+from ca3d.errors import UserError
 from ca3d.predict import check_complete
+from ca3d.streaming import Stream
 
 
 class Stepper(Protocol):
@@ -40,7 +43,7 @@ class SlidingWindow:
         tensor([0., 1., 0., 1., 0., 1.])
     """
 
-    def __init__(self, forward: object, frames: int, stride: int) -> None:
+    def __init__(self, forward: Callable[[Tensor], Tensor], frames: int, stride: int) -> None:
         self._forward, self._stride = forward, stride
         self._frames: deque[Tensor] = deque(maxlen=frames)
         self._until_due = frames
@@ -57,7 +60,7 @@ class SlidingWindow:
             return None
         self._until_due += self._stride
         clip = torch.stack(list(self._frames), 1)[None]
-        return self._forward(clip)[0]  # type: ignore[operator]
+        return self._forward(clip)[0]
 
     def reset(self) -> None:
         """Forgets all frames."""
@@ -67,6 +70,8 @@ class SlidingWindow:
 
 class Classifier:
     """A model that is shown one frame after the other.
+
+    A CA3D model computes only what is new (`ca3d.Stream`), any other one whole windows.
 
     Args:
         model: Maps (batch, 3, frames, height, width) to (batch, classes).
@@ -106,7 +111,7 @@ class Classifier:
         self._regime = precision.for_inference(info.precision)
         self._model = self._regime.prepare(model).eval()
         self._normalize = Normalize(info.mean, info.std, info.color)
-        self._stepper: Stepper = SlidingWindow(self._whole_clip, info.frames, stride)
+        self._stepper: Stepper = self._make_stepper()
         self._waiting: list[np.ndarray] = []
         self._until_due = info.frames
 
@@ -137,6 +142,18 @@ class Classifier:
         self._waiting.clear()
         self._until_due = self.info.frames
         self._stepper.reset()
+
+    def _make_stepper(self) -> Stepper:
+        try:
+            stream = Stream(self._model, self.stride, precision=self.info.precision)
+        except TypeError:  # No part of the model sees single frames.
+            return SlidingWindow(self._whole_clip, self.info.frames, self.stride)
+        if stream.window != self.info.frames:
+            raise UserError(
+                f"the weights speak of clips of {self.info.frames} frames, their model takes"
+                f" {stream.window}"
+            )
+        return stream
 
     def _whole_clip(self, clip: Tensor) -> Tensor:
         return self._regime.forward(self._model, clip)

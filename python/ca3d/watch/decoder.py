@@ -25,6 +25,7 @@ from ca3d.errors import UserError
 from ca3d.watch.limits import apply_limits
 from ca3d.watch.messages import Frame, Notice, write_message
 from ca3d.watch.pace import Pace
+from ca3d.watch.peers import check_peers, open_sockets
 from ca3d.watch.picture import Pictures
 from ca3d.watch.request import Request
 from ca3d.watch.resample import Gap, Resampler
@@ -56,8 +57,11 @@ def read_frames(request: Request) -> Iterator[Frame | Notice]:
         >>> frame.pixels.shape, end.kind
         ((32, 32, 3), 'end')
     """
+    sockets = open_sockets() if request.kind == "rtsp" else set()
     try:
         with _open(request) as container:
+            if request.kind == "rtsp":
+                check_peers(request.address, open_sockets() - sockets)
             yield from _Reading(request, container).run()
     except UserError as error:
         yield Notice("failed", request.redact(str(error)))

@@ -54,9 +54,9 @@ class EventDetector:
     """Turns one probability vector a window into events.
 
     A class begins when it is the likeliest and passes its threshold, and goes on while it stays
-    above `leave` times its threshold (hysteresis). It is an event only when it lasts `min_duration`
-    seconds. A window counts at its middle. The class `background` is never an event; where no class
-    passes, the state is `unknown`, which is none either.
+    above `leave` times its threshold (hysteresis) and no other activity begins. It is an event only
+    when it lasts `min_duration` seconds. A window counts at its middle. The class `background` is
+    never an event; where no class passes, the state is `unknown`, which is none either.
 
     Args:
         classes: Class names.
@@ -113,7 +113,7 @@ class EventDetector:
         current = self._current
         if current is not None:
             own = probabilities[current.place]
-            replaced = passes and place != current.place
+            replaced = passes and place not in (current.place, self._background)
             if own >= self.leave * thresholds[current.place] and not replaced:
                 current.last, current.windows = middle, current.windows + 1
                 current.total += own
