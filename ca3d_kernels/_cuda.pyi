@@ -56,8 +56,8 @@ def local_attention_launches(
     operands: list[_Operand],
 ) -> list[dict[str, Any]]: ...
 
-# `addresses` are those of numbers (hyper in float64), grad_scale and found_inf (float32), 0 for
-# none.
+# `addresses` are those of numbers (lr, momentum, 1 - dampening, weight_decay, scale, gradient_scale
+# in float64) and found_inf (float32), 0 for none.
 def preparam_sgd_step(
     table: array[int],
     param: str,
@@ -66,7 +66,7 @@ def preparam_sgd_step(
     nesterov: bool,
     rounding: str,
     random: tuple[int, int],
-    addresses: tuple[int, int, int],
+    addresses: tuple[int, int],
     device: int,
     stream: int,
 ) -> None: ...
@@ -78,7 +78,7 @@ def preparam_sgd_step_overflows(
     nesterov: bool,
     rounding: str,
     random: tuple[int, int],
-    addresses: tuple[int, int, int],
+    addresses: tuple[int, int],
     device: int,
     stream: int,
 ) -> None: ...
@@ -90,6 +90,6 @@ def preparam_launches(
     nesterov: bool,
     rounding: str,
     random: tuple[int, int],
-    addresses: tuple[int, int, int],
+    addresses: tuple[int, int],
     overflows: bool,
 ) -> list[dict[str, Any]]: ...

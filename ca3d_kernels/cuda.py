@@ -124,6 +124,16 @@ def covers(architectures: str, capability: tuple[int, int], compiles: bool = Tru
     return False
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is queued on a device goes into a CUDA graph instead.
+
+    Example:
+        >>> is_capturing(torch.device("cpu"))
+        False
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def place(x: Tensor) -> tuple[int, int]:
     """Device number and address of the current stream, for a kernel that works on a tensor.
 

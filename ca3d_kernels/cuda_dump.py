@@ -108,7 +108,7 @@ def _step(values: Mapping[str, Any], device: torch.device) -> list[Planned]:
     found = []
     for overflows, tensors in ((True, with_flag), (False, with_flag), (False, operands)):
         flag = (found_inf.data_ptr() or _SOMEWHERE) if "device.found_inf" in tensors else 0
-        plans = cuda.library().preparam_launches(table, *rest, (0, 0, flag), overflows)
+        plans = cuda.library().preparam_launches(table, *rest, (0, flag), overflows)
         found += [Planned(plan, tensors) for plan in plans]
     return found
 

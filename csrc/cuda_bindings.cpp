@@ -115,12 +115,11 @@ py::list attention_launches(const std::string& dtype, const Sizes& sizes,
 
 // ---- the pre-parameter step ----
 
-// Addresses of numbers (6 float64), grad_scale and found_inf (float32), 0 for none.
-using DeviceAddresses = std::array<uintptr_t, 3>;
+// Addresses of numbers (6 float64) and found_inf (float32), 0 for none.
+using DeviceAddresses = std::array<uintptr_t, 2>;
 
 PreParamDevice parse_addresses(const DeviceAddresses& addresses) {
-  return {reinterpret_cast<const double*>(addresses[0]),
-          reinterpret_cast<const float*>(addresses[1]), reinterpret_cast<float*>(addresses[2])};
+  return {reinterpret_cast<const double*>(addresses[0]), reinterpret_cast<float*>(addresses[1])};
 }
 
 void preparam_step(const PreParamTable& table, const std::string& param,
@@ -144,7 +143,7 @@ void preparam_overflows(const PreParamTable& table, const std::string& param,
   const std::vector<PreParamRun> runs = parse_runs(table);
   const auto count = static_cast<int64_t>(runs.size());
   check(step, runs.data(), count);
-  if (addresses[2] == 0) throw std::invalid_argument("found_inf must not be a null pointer");
+  if (addresses[1] == 0) throw std::invalid_argument("found_inf must not be a null pointer");
   const py::gil_scoped_release release;
   run_preparam_overflows(step, runs.data(), count, parse_addresses(addresses), device,
                          reinterpret_cast<void*>(stream));

@@ -17,7 +17,7 @@ class CudaKernels:
     """Queues the kernels on the current stream of the tensors' device; see `op.Kernels`.
 
     Nothing waits for the device, and nothing is copied to it: a step can be captured in a CUDA
-    graph. Numbers that change between replays of a graph are given as device tensors.
+    graph. Numbers that change between replays of a graph are the batch's `device_numbers`.
 
     Args:
         library: the module `ca3d_kernels._cuda`.
@@ -28,44 +28,20 @@ class CudaKernels:
     def __init__(self, library: ModuleType) -> None:
         self._library = library
 
-    def step(
-        self,
-        batch: Batch,
-        found_inf: Tensor | None = None,
-        numbers: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> None:
-        """Writes the new theta, momentum and w of every tensor.
+    def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
+        """See `op.Kernels`."""
+        self._call(self._library.preparam_sgd_step, batch, found_inf)
 
-        Args:
-            batch: the tensors and numbers.
-            found_inf: float32 scalar on the device; nothing is written if it isn't 0.
-            numbers: lr, momentum, dampening, weight decay, scale and gradient scale, 6 float64 on
-                the device, read when the kernel runs instead of the batch's own.
-            grad_scale: float32 scalar on the device, by which the gradients are divided.
-        """
-        self._call(self._library.preparam_sgd_step, batch, numbers, grad_scale, found_inf)
-
-    def overflows(
-        self, batch: Batch, numbers: Tensor | None = None, grad_scale: Tensor | None = None
-    ) -> Tensor:
-        """Whether `step` would store a value that isn't finite: float32, 0 or 1, on the device."""
+    def overflows(self, batch: Batch) -> Tensor:
+        """See `op.Kernels`; the flag stays on the device."""
         found_inf = torch.zeros((), device=batch.params[0].device)
-        self._call(self._library.preparam_sgd_step_overflows, batch, numbers, grad_scale, found_inf)
+        self._call(self._library.preparam_sgd_step_overflows, batch, found_inf)
         return found_inf
 
-    def _call(
-        self,
-        function: Callable[..., Any],
-        batch: Batch,
-        numbers: Tensor | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _call(self, function: Callable[..., Any], batch: Batch, found_inf: Tensor | None) -> None:
         device = batch.params[0].device
         addresses = (
-            _address("numbers", numbers, torch.float64, 6, device),
-            _address("grad_scale", grad_scale, torch.float32, 1, device),
+            _address("device_numbers", batch.device_numbers, torch.float64, 6, device),
             _address("found_inf", found_inf, torch.float32, 1, device),
         )
         try:

@@ -14,6 +14,7 @@ from ca3d_kernels import backends, cuda, triton_launch
 from ca3d_kernels.preparam_step.mapping import PreParamMapping
 from ca3d_kernels.preparam_step.philox import Draws
 from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped, applied, stepped
+from ca3d_kernels.uploads import Uploads
 
 # What kernels can round to; mappings that aren't linear and "published" have no kernels.
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -35,6 +36,9 @@ class Batch(NamedTuple):
         compensations: r of "compensated" rounding, like theta, or none for other roundings.
         seed, steps, numbers: of the draws of "stochastic" rounding: the seed, how many steps came
             before, and the number of each tensor, which is its place in the lists by default.
+        device_numbers: lr, momentum, 1 - dampening, weight decay, c and k in float64 on the device
+            of the tensors, for asynchronous kernels, which read them when they run; those of hyper,
+            scale and gradient_scale then don't count. None for the numbers above.
     """
 
     params: list[Tensor]
@@ -51,6 +55,7 @@ class Batch(NamedTuple):
     seed: int = 0
     steps: int = 0
     numbers: Sequence[int] = ()
+    device_numbers: Tensor | None = None
 
     @property
     def applied(self) -> str:
@@ -60,6 +65,40 @@ class Batch(NamedTuple):
     def written(self) -> list[Tensor]:
         """The tensors that a step writes."""
         return [*self.params, *self.pre_params, *self.momenta, *self.compensations]
+
+    def for_kernels(self, kernels: "Kernels") -> "Batch":
+        """The batch for some kernels. Those that need its numbers on the CPU wait for them."""
+        if self.device_numbers is None or _is_asynchronous(kernels):
+            return self
+        lr, momentum, _, weight_decay, scale, gradient_scale = self.device_numbers.tolist()
+        return self._replace(
+            hyper=self.hyper._replace(lr=lr, momentum=momentum, weight_decay=weight_decay),
+            scale=scale,
+            gradient_scale=gradient_scale,
+            device_numbers=None,
+        )
+
+
+def uploaded_numbers(batch: Batch, uploads: Uploads) -> Tensor:
+    """The numbers of a batch on its device, in the order of `Batch.device_numbers`.
+
+    Example:
+        >>> w = [torch.zeros(3)]
+        >>> batch = Batch(w, w, w, [], Hyperparameters(lr=0.25), 128.0, 64.0)
+        >>> uploaded_numbers(batch, Uploads()).tolist()
+        [0.25, 0.0, 1.0, 0.0, 128.0, 64.0]
+    """
+    hyper = batch.hyper
+    numbers = (
+        *(hyper.lr, hyper.momentum, 1 - hyper.dampening, hyper.weight_decay),
+        *(batch.scale, batch.gradient_scale),
+    )
+    return uploads.get(
+        "numbers",
+        numbers,
+        lambda: torch.tensor(numbers, dtype=torch.float64),
+        batch.params[0].device,
+    )
 
 
 class Kernels(Protocol):
@@ -187,6 +226,7 @@ def step(batch: Batch, found_inf: Tensor | None = None) -> None:
             isn't 0. Kernels on a GPU look at it when they run, without a wait on the CPU.
 
     Raises:
+        RuntimeError: stochastic rounding is captured in a CUDA graph.
         ValueError: the demanded backend can't run here.
 
     Example:
@@ -197,12 +237,17 @@ def step(batch: Batch, found_inf: Tensor | None = None) -> None:
     """
     if not batch.params:
         return
+    if batch.applied == "stochastic" and cuda.is_capturing(batch.params[0].device):
+        raise RuntimeError(
+            "rounding 'stochastic' can't be captured in a CUDA graph: every replay would draw the "
+            "same numbers; capture with rounding 'nearest' or 'compensated'"
+        )
     with torch.no_grad():
         backends.run(
             "preparam_step",
             batch.params[0].device.type,
             batch.backend,
-            lambda kernels: kernels.step(batch, found_inf),
+            lambda kernels: kernels.step(batch.for_kernels(kernels), found_inf),
         )
 
 
@@ -217,8 +262,11 @@ def is_asynchronous(batch: Batch) -> bool:
         False
     """
     device = batch.params[0].device.type
-    chosen = backends.choose("preparam_step", device, batch.backend)[0]
-    return getattr(chosen.load(), "asynchronous", False)
+    return _is_asynchronous(backends.choose("preparam_step", device, batch.backend)[0].load())
+
+
+def _is_asynchronous(kernels: Kernels) -> bool:
+    return getattr(kernels, "asynchronous", False)
 
 
 def overflows(batch: Batch) -> Tensor:
@@ -243,7 +291,10 @@ def overflows(batch: Batch) -> Tensor:
     device = batch.params[0].device
     with torch.no_grad():
         found = backends.run(
-            "preparam_step", device.type, batch.backend, lambda kernels: kernels.overflows(batch)
+            "preparam_step",
+            device.type,
+            batch.backend,
+            lambda kernels: kernels.overflows(batch.for_kernels(kernels)),
         )
     return found if isinstance(found, Tensor) else torch.tensor(float(found), device=device)
 

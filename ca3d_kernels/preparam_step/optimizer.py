@@ -1,6 +1,5 @@
 """SGD that trains pre-parameters and writes the weights in the same pass."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from operator import is_
@@ -12,13 +11,19 @@ from torch.optim import Optimizer
 
 from ca3d_kernels import backends
 from ca3d_kernels.preparam_step import op
+from ca3d_kernels.preparam_step.checks import check_options, check_param, scalar
 from ca3d_kernels.preparam_step.mapping import LinearMapping, PreParamMapping
 from ca3d_kernels.preparam_step.philox import Draws
-from ca3d_kernels.preparam_step.plan import Part, Plan, Seen, options, seen
+from ca3d_kernels.preparam_step.plan import (
+    GRAD_SCALE,
+    TENSOR_NUMBERS,
+    Part,
+    Plan,
+    Seen,
+    options,
+    seen,
+)
 from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped
-
-ROUNDINGS = ("nearest", "stochastic", "compensated", "published")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class PreParamSGD(Optimizer):
@@ -40,9 +45,11 @@ class PreParamSGD(Optimizer):
     Args:
         params: parameters, or dicts of groups which may set every option but `skip_nonfinite` and
             `backend`; float16, bfloat16, float32 or float64.
-        lr: learning rate, a number or a tensor with one element, >= 0. It acts on theta; with a
-            linear map the steps of w are those of SGD on w with the same lr.
-        momentum: >= 0; 0 stores no momentum.
+        lr: learning rate, >= 0. It acts on theta; with a linear map the steps of w are those of SGD
+            on w with the same lr. It, `momentum` and `weight_decay` may be tensors with one
+            element. Kernels on a GPU read one on a GPU when they run (its value is not checked),
+            so that the replay of a CUDA graph takes what it holds then.
+        momentum: >= 0; the number 0 stores no momentum.
         dampening: of the momentum.
         weight_decay: >= 0.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
@@ -65,7 +72,7 @@ class PreParamSGD(Optimizer):
             that would be stored is not. Skipped steps are counted in `skipped_steps`.
         pre_param_dtype: dtype of theta and momentum; None is that of w. It may be wider than w's:
             float32 with float16 weights are the classic master weights.
-        backend: "triton", "cpu", "reference" or None for the fastest; see
+        backend: "cuda", "triton", "cpu", "reference" or None for the fastest; see
             `ca3d_kernels.use_backend`.
 
     Raises:
@@ -101,9 +108,9 @@ class PreParamSGD(Optimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
+        momentum: float | Tensor = 0.0,
         dampening: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         nesterov: bool = False,
         *,
         mapping: PreParamMapping | None = None,
@@ -126,8 +133,11 @@ class PreParamSGD(Optimizer):
         # Calls of `step`. Skipped ones count: whether a GPU skips one, the CPU doesn't know.
         self._steps = 0
         self._skipped = 0
-        # Steps that a kernel has skipped since the last look: the CPU doesn't know yet.
+        # Steps that kernels have skipped since the last look: the CPU doesn't know yet. Always the
+        # same tensor, so that replays of a CUDA graph count, too.
         self._skipped_on_device: Tensor | None = None
+        # What replays of CUDA graphs still read.
+        self._captured: list[Tensor] = []
         self._plans: dict[int, Plan] = {}
         self._states: list[Any] = []
         self._seen: dict[Tensor, Seen] = {}
@@ -141,7 +151,7 @@ class PreParamSGD(Optimizer):
             "rounding": rounding,
             "pre_param_dtype": pre_param_dtype,
         }
-        _check_options(defaults)
+        check_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -163,9 +173,9 @@ class PreParamSGD(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_options(group)
+            check_options(group)
             for i, param in enumerate(group["params"]):
-                _check_param(i, param, group["pre_param_dtype"])
+                check_param(i, param, group["pre_param_dtype"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -178,7 +188,7 @@ class PreParamSGD(Optimizer):
         """
         if self._skipped_on_device is not None:
             self._skipped += int(self._skipped_on_device)
-            self._skipped_on_device = None
+            self._skipped_on_device.zero_()
         return self._skipped
 
     # Not torch.compiler.disable, which imports the whole compiler when this module is imported.
@@ -197,13 +207,14 @@ class PreParamSGD(Optimizer):
             closure: evaluates the model again and returns the loss.
             found_inf: a tensor with one element; if it isn't 0 the step is skipped and counted. The
                 optimizer then makes no check of its own.
-            grad_scale: a tensor with one element that gradients are divided by.
+            grad_scale: a tensor with one element that gradients are divided by; kernels on a GPU
+                read it when they run.
 
         Returns:
             The closure's result, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or stochastic rounding is captured in a CUDA graph.
             TypeError: `found_inf` or `grad_scale` is not a tensor.
             ValueError: an option of a group has become invalid, `found_inf` or `grad_scale` has
                 more than one element, or the demanded backend can't run here.
@@ -220,11 +231,9 @@ class PreParamSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = _scalar(getattr(self, "found_inf", None) if found_inf is None else found_inf)
-        grad_scale = _scalar(
-            getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
-        )
-        plans = self._prepare(1.0 if grad_scale is None else float(grad_scale))
+        found_inf = scalar(getattr(self, "found_inf", None) if found_inf is None else found_inf)
+        grad_scale = scalar(getattr(self, "grad_scale", None) if grad_scale is None else grad_scale)
+        plans = self._prepare(grad_scale)
         self._steps += 1
         try:
             if self._step(plans, found_inf):
@@ -239,7 +248,7 @@ class PreParamSGD(Optimizer):
         parts = [part for plan in plans for part in plan.parts]
         singles = [single for plan in plans for single in plan.singles]
         devices = {part.batch.params[0].device for part in parts}
-        if not singles and len(devices) == 1 and all(op.is_asynchronous(p.batch) for p in parts):
+        if len(devices) == 1 and all(plan.is_asynchronous() for plan in plans):
             self._step_on_device(parts, found_inf)
             return False
         results: list[Stepped] | None = None
@@ -272,12 +281,14 @@ class PreParamSGD(Optimizer):
             op.step(part.batch, found_inf)
             part.written()
         if found_inf is not None:
-            skipped = (found_inf != 0).sum()
-            if self._skipped_on_device is not None:
-                skipped += self._skipped_on_device
-            self._skipped_on_device = skipped
+            counter = self._skipped_on_device
+            if counter is None or counter.device != found_inf.device:
+                self._skipped = self.skipped_steps
+                counter = torch.zeros((), dtype=torch.int64, device=found_inf.device)
+                self._skipped_on_device = counter
+            counter += found_inf.reshape(()) != 0
 
-    def _prepare(self, grad_scale: float) -> list[Plan]:
+    def _prepare(self, grad_scale: Tensor | None) -> list[Plan]:
         """Plans of all groups, with the gradients and numbers of this step."""
         backend = backends.requested(self.backend)
         plans = []
@@ -287,14 +298,18 @@ class PreParamSGD(Optimizer):
             map(is_, self.state.values(), self._states)
         )
         for i, group in enumerate(self.param_groups):
-            _check_options(group)
+            check_options(group)
+            tensors = {x: group[x] for x in TENSOR_NUMBERS if isinstance(group[x], Tensor)}
+            known = {**group, **dict.fromkeys(tensors, 0.0)}
             hyper = Hyperparameters(
-                float(group["lr"]),
-                float(group["momentum"]),
-                float(group["dampening"]),
-                float(group["weight_decay"]),
+                float(known["lr"]),
+                float(known["momentum"]),
+                float(known["dampening"]),
+                float(known["weight_decay"]),
                 group["nesterov"],
             )
+            if grad_scale is not None:
+                tensors[GRAD_SCALE] = grad_scale
             plan = self._plans.get(i)
             if plan is None or not (same_states and plan.accepts(group, backend)):
                 if plan is not None:
@@ -302,7 +317,7 @@ class PreParamSGD(Optimizer):
                 plan = Plan.make(group, backend, self.state, self._seen, hyper, draws)
                 rederived += plan.rederived
                 self._plans[i] = plan
-            plan.prepare(hyper, grad_scale, draws)
+            plan.prepare(hyper, tensors, draws)
             plans.append(plan)
             draws = draws._replace(tensor=draws.tensor + len(group["params"]))
         self._states = list(self.state.values())
@@ -319,6 +334,7 @@ class PreParamSGD(Optimizer):
         """Remembers when theta was last in step with the weights of a plan that is given up."""
         for part in old.parts:
             self._seen.update(part.seen())
+            self._captured += part.uploads.captured
         if new_options != old.options:
             # Another map, say: theta is to be compared with the weights.
             for param in old.params:
@@ -389,7 +405,8 @@ class PreParamSGD(Optimizer):
         self.seed = int(loaded.get("seed", self.seed))
         self._steps = int(loaded.get("steps", 0))
         self._skipped = int(loaded.get("skipped_steps", 0))
-        self._skipped_on_device = None
+        if self._skipped_on_device is not None:
+            self._skipped_on_device.zero_()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state_dict with this optimizer's maps, after checking that it fits."""
@@ -428,62 +445,7 @@ class PreParamSGD(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._skipped_on_device = None
+        self._captured = []
         self._plans = {}
         self._states = []
         self._seen = {}
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    """Raises a TypeError or ValueError for an option of a group that is not allowed."""
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
-        value = group[name]
-        if isinstance(value, Tensor):
-            if name != "lr" or value.numel() != 1:
-                raise ValueError(f"{name} must be a number{_or_tensor(name)}, got {value!r}")
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number{_or_tensor(name)}, got {value!r}")
-        number = float(value)
-        if not math.isfinite(number) or (number < 0 and name != "dampening"):
-            allowed = "finite" if name == "dampening" else "finite and at least 0"
-            raise ValueError(f"{name} must be {allowed}, got {number}")
-    if not isinstance(group["nesterov"], bool):
-        raise TypeError(f"nesterov must be True or False, got {group['nesterov']!r}")
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError(
-            "nesterov needs momentum > 0 and dampening 0, "
-            f"got momentum {group['momentum']} and dampening {group['dampening']}"
-        )
-    if not isinstance(group["mapping"], PreParamMapping):
-        raise TypeError(
-            "mapping must be a PreParamMapping such as LinearMapping(128.0), "
-            f"got {group['mapping']!r}"
-        )
-    if group["rounding"] not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
-    dtype = group["pre_param_dtype"]
-    if dtype is not None and dtype not in _DTYPES:
-        raise TypeError(f"pre_param_dtype must be None or one of {_DTYPES}, got {dtype!r}")
-
-
-def _or_tensor(name: str) -> str:
-    return " or a tensor with one element" if name == "lr" else ""
-
-
-def _check_param(i: int, param: Tensor, pre_param_dtype: torch.dtype | None) -> None:
-    if param.dtype not in _DTYPES:
-        raise TypeError(f"parameter {i} must be of one of the dtypes {_DTYPES}, got {param.dtype}")
-    wide = pre_param_dtype or param.dtype
-    if torch.promote_types(param.dtype, wide) != wide:
-        raise ValueError(
-            f"pre_param_dtype {wide} can't hold parameter {i}, which is of dtype {param.dtype}"
-        )
-
-
-def _scalar(value: object) -> Tensor | None:
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"found_inf and grad_scale must be tensors, got {value!r}")
-    if value.numel() != 1:
-        raise ValueError(f"found_inf and grad_scale must have one element, got {value.numel()}")
-    return value

@@ -1,6 +1,6 @@
 """What `PreParamSGD` steps in one group: tensors and their state, kept from step to step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -17,11 +17,52 @@ from ca3d_kernels.preparam_step.reference import (
     restored,
     stepped,
 )
+from ca3d_kernels.uploads import Uploads
 
 PRE_PARAM, MOMENTUM, COMPENSATION = "pre_parameter", "momentum_buffer", "compensation"
 
+# Numbers of a group that may be tensors, and their places in `op.Batch.device_numbers`.
+TENSOR_NUMBERS = {"lr": 0, "momentum": 1, "weight_decay": 3}
+# Likewise for all groups: what gradients are divided by.
+GRAD_SCALE = "grad_scale"
+
 # Version and address of a weight at the time when theta was last in step with it.
 Seen = tuple[int, int]
+
+
+def has_momentum(group: Mapping[str, Any]) -> bool:
+    """Whether a group stores a momentum; it does for any tensor, whose value may change.
+
+    Example:
+        >>> has_momentum({"momentum": 0.0}), has_momentum({"momentum": torch.zeros(())})
+        (False, True)
+    """
+    return isinstance(group["momentum"], Tensor) or group["momentum"] != 0
+
+
+def with_values(
+    hyper: Hyperparameters, gradient_scale: float, tensors: Mapping[str, Tensor]
+) -> tuple[Hyperparameters, float]:
+    """The numbers of a step, and k, with what tensors hold now; waits for those on a GPU.
+
+    Args:
+        hyper: the numbers.
+        gradient_scale: k.
+        tensors: by their names in `TENSOR_NUMBERS`, and what k is divided by.
+
+    Example:
+        >>> numbers = {"lr": torch.tensor(0.5), GRAD_SCALE: torch.tensor(4.0)}
+        >>> with_values(Hyperparameters(lr=0.0), 128.0, numbers)[1]
+        32.0
+    """
+    values = {name: float(x) for name, x in tensors.items()}
+    gradient_scale /= values.pop(GRAD_SCALE, 1.0)
+    changed = hyper._replace(
+        lr=values.get("lr", hyper.lr),
+        momentum=values.get("momentum", hyper.momentum),
+        weight_decay=values.get("weight_decay", hyper.weight_decay),
+    )
+    return changed, gradient_scale
 
 
 def seen(param: Tensor) -> Seen:
@@ -52,7 +93,7 @@ class Single(NamedTuple):
             self.param,
             self.grad,
             self.state[PRE_PARAM],
-            self.state.get(MOMENTUM),
+            self.state.get(MOMENTUM) if has_momentum(self.group) else None,
             self.group["mapping"],
             self.hyper,
             self.group["rounding"],
@@ -81,13 +122,18 @@ class Part:
         rounding: one of `op.ROUNDINGS`.
         backend: the demanded backend, or ``""``.
         has_momentum: whether the step has a momentum.
+
+    Attributes:
+        uploads: what the kernels of this part read on the device.
     """
 
     def __init__(self, rounding: str, backend: str, has_momentum: bool) -> None:
         nothing = Hyperparameters(0.0)
         self._compensations: list[Tensor] = []
+        self.uploads = Uploads()
+        cache = {"uploads": self.uploads}
         self.batch = op.Batch(
-            *([], [], [], []), nothing, 1.0, 1.0, rounding, backend, {}, self._compensations
+            *([], [], [], []), nothing, 1.0, 1.0, rounding, backend, cache, self._compensations
         )
         self._has_momentum = has_momentum
         self.positions: list[int] = []
@@ -130,17 +176,30 @@ class Part:
         )
 
     def prepare(
-        self, hyper: Hyperparameters, scale: float, gradient_scale: float, draws: Draws
+        self,
+        hyper: Hyperparameters,
+        scales: tuple[float, float],
+        draws: Draws,
+        tensors: Mapping[str, Tensor],
     ) -> None:
         """Takes the gradients and numbers of the next step.
 
         Args:
             hyper: the numbers.
-            scale, gradient_scale: c and k.
+            scales: c and k.
             draws: those of the first parameter of the group.
+            tensors: numbers that kernels read when they run, if they can and the tensor is on a
+                device like theirs; see `with_values`.
         """
         # A part that was just made holds its gradients already, in the layout of the weights.
         grads = self.batch.grads or [w.grad for w in self.batch.params if w.grad is not None]
+        kind = self.batch.params[0].device.type
+        on_device = {}
+        if tensors and op.is_asynchronous(self.batch):
+            on_device = {name: x for name, x in tensors.items() if x.device.type == kind}
+        known = {name: x for name, x in tensors.items() if name not in on_device}
+        scale, gradient_scale = scales
+        hyper, gradient_scale = with_values(hyper, gradient_scale, known)
         self.batch = self.batch._replace(
             grads=grads,
             hyper=hyper,
@@ -149,7 +208,16 @@ class Part:
             seed=draws.seed,
             steps=draws.step,
             numbers=[draws.tensor + position for position in self.positions],
+            device_numbers=None,
         )
+        if on_device:
+            numbers = op.uploaded_numbers(self.batch, self.uploads).clone()
+            for name, place in TENSOR_NUMBERS.items():
+                if name in on_device:
+                    numbers[place].copy_(on_device[name].reshape(()), non_blocking=True)
+            if GRAD_SCALE in on_device:
+                numbers[5].div_(on_device[GRAD_SCALE].reshape(()).to(numbers, non_blocking=True))
+            self.batch = self.batch._replace(device_numbers=numbers)
 
     def release(self) -> None:
         """Lets go of the gradients, whose memory is free once the user drops them too."""
@@ -241,7 +309,7 @@ class Plan:
                 state.pop(COMPENSATION, None)
             elif COMPENSATION not in state:
                 state[COMPENSATION] = torch.zeros_like(state[PRE_PARAM])
-            first = hyper.momentum != 0 and MOMENTUM not in state
+            first = has_momentum(group) and MOMENTUM not in state
             # The kernels know no first step: they start from a momentum of 0, which differs if
             # there is dampening.
             if not linear or grad.dtype != param.dtype or (first and hyper.dampening != 0):
@@ -252,7 +320,7 @@ class Plan:
                 state[MOMENTUM] = torch.zeros_like(state[PRE_PARAM])
             key = (param.dtype, param.device)
             if key not in parts:
-                parts[key] = Part(group["rounding"], backend, hyper.momentum != 0)
+                parts[key] = Part(group["rounding"], backend, has_momentum(group))
             parts[key].add(position, param, grad, state)
         plan.parts = list(parts.values())
         plan._only_parts = not plan.singles
@@ -271,21 +339,31 @@ class Plan:
             and all(part.accepts([grads[i] for i in part.positions]) for part in self.parts)
         )
 
-    def prepare(self, hyper: Hyperparameters, grad_scale: float, draws: Draws) -> None:
+    def prepare(self, hyper: Hyperparameters, tensors: Mapping[str, Tensor], draws: Draws) -> None:
         """Takes the gradients and numbers of the next step.
 
         Args:
             hyper: the numbers.
-            grad_scale: what gradients are divided by.
+            tensors: numbers that stand for those of `hyper`, and what gradients are divided by.
+                Kernels on a GPU read them when they run; others wait for their values.
             draws: those of the first parameter of the group.
         """
         for part in self.parts:
             assert self._scales is not None
-            part.prepare(hyper, self._scales[0], self._scales[1] / grad_scale, draws)
-        if grad_scale != 1:
+            part.prepare(hyper, self._scales, draws, tensors)
+        if self.singles:
+            hyper, _ = with_values(hyper, 1.0, tensors)
+            divisor = float(tensors.get(GRAD_SCALE, 1.0))
             self.singles = [
-                single._replace(grad=single.grad / grad_scale) for single in self.singles
+                single._replace(
+                    hyper=hyper, grad=single.grad if divisor == 1 else single.grad / divisor
+                )
+                for single in self.singles
             ]
+
+    def is_asynchronous(self) -> bool:
+        """Whether kernels on a device do all of it; see `op.is_asynchronous`."""
+        return not self.singles and all(op.is_asynchronous(part.batch) for part in self.parts)
 
     def release(self) -> None:
         """Lets go of the gradients."""
@@ -303,7 +381,7 @@ def options(group: dict[str, Any], backend: str) -> tuple[Any, ...]:
         ('m', 'nearest', None, True, 'cpu')
     """
     kinds = (group["mapping"], group["rounding"], group["pre_param_dtype"])
-    return (*kinds, group["momentum"] != 0, backend)
+    return (*kinds, has_momentum(group), backend)
 
 
 def _derived_like(param: Tensor, group: dict[str, Any]) -> Tensor:

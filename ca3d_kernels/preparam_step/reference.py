@@ -148,7 +148,7 @@ def stepped(
     mapped = mapping.map_grad(grad.to(wide), param.to(wide))
     d = mapped + total * hyper.weight_decay
     update, m = d, None
-    if hyper.momentum != 0:
+    if hyper.momentum != 0 or momentum is not None:
         m = d
         if momentum is not None:
             m = momentum.to(wide) * hyper.momentum + d * (1 - hyper.dampening)

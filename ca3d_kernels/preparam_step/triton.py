@@ -1,5 +1,6 @@
 """Launches the Triton kernels of the pre-parameter step."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.preparam_step import triton_kernels
 from ca3d_kernels.preparam_step.cpu import is_dense
-from ca3d_kernels.preparam_step.op import Batch
+from ca3d_kernels.preparam_step.op import Batch, uploaded_numbers
 from ca3d_kernels.triton_launch import Launch
+from ca3d_kernels.uploads import Uploads
 
 CHUNK = 4096  # elements that a program steps
 _TYPES = {
@@ -25,10 +27,7 @@ _MIXED = {(torch.float16, torch.float32), (torch.bfloat16, torch.float32)}
 
 
 def chunk_table(
-    columns: Sequence[Sequence[Tensor]],
-    sizes: Sequence[int],
-    numbers: Sequence[int],
-    device: torch.device,
+    columns: Sequence[Sequence[Tensor]], sizes: Sequence[int], numbers: Sequence[int]
 ) -> Tensor:
     """Table of all chunks, int64: four addresses, how many elements, another address, where in the
     tensor the chunk begins, and the number of the tensor.
@@ -37,21 +36,20 @@ def chunk_table(
         columns: five lists of tensors, one tensor for each size; an empty list gives addresses 0.
         sizes: numbers of elements.
         numbers: of the tensors.
-        device: where the table is wanted; a copy to a GPU doesn't wait for it.
 
     Returns:
         (chunks, 8).
 
     Example:
         >>> w = [torch.zeros(5000), torch.zeros(3)]
-        >>> chunk_table([w] * 5, [5000, 3], [7, 8], torch.device("cpu"))[:, [4, 6, 7]].tolist()
+        >>> chunk_table([w] * 5, [5000, 3], [7, 8])[:, [4, 6, 7]].tolist()
         [[4096, 0, 7], [904, 4096, 7], [3, 0, 8]]
     """
     size = torch.tensor(sizes, dtype=torch.int64)
     chunks = (size + CHUNK - 1) // CHUNK
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
     first = (torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]) * CHUNK
-    table = torch.zeros(len(tensor), 8, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.zeros(len(tensor), 8, dtype=torch.int64)
     for column, tensors in zip((0, 1, 2, 3, 5), columns, strict=True):
         if tensors:
             start = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
@@ -59,7 +57,12 @@ def chunk_table(
     table[:, 4] = (size[tensor] - first).clamp(max=CHUNK)
     table[:, 6] = first
     table[:, 7] = torch.tensor(numbers, dtype=torch.int64)[tensor]
-    return table.to(device, non_blocking=True)
+    return table
+
+
+def _uploads(batch: Batch) -> Uploads:
+    cache = {} if batch.cache is None else batch.cache
+    return cache.setdefault("uploads", Uploads())
 
 
 def _tables(batch: Batch) -> list[tuple[int, Tensor]]:
@@ -74,50 +77,41 @@ def _tables(batch: Batch) -> list[tuple[int, Tensor]]:
     addresses = [[x.data_ptr() for x in column] for column in columns]
     numbers = list(batch.numbers) or list(range(len(batch.params)))
     cache = {} if batch.cache is None else batch.cache
-    if cache.get("chunk addresses") != addresses or cache.get("chunk tensors") != numbers:
+    if cache.get("addresses") != addresses:
         for w in batch.params:
             if not is_dense(w):
                 raise UnsupportedInputError(f"a parameter of strides {w.stride()} has gaps")
-        tables = []
-        for aligned in (True, False):
-            chosen = [
-                i
-                for i, w in enumerate(batch.params)
-                if w.numel() and aligned == all(a[i] % 16 == 0 for a in addresses if a)
-            ]
-            if chosen:
-                picked = [[x[i] for i in chosen] if x else [] for x in columns]
-                sizes = [batch.params[i].numel() for i in chosen]
-                chosen_numbers = [numbers[i] for i in chosen]
-                table = chunk_table(picked, sizes, chosen_numbers, batch.params[0].device)
-                tables.append((16 if aligned else 1, table))
-        cache.update({"chunk addresses": addresses, "chunk tensors": numbers, "chunks": tables})
-    return cache["chunks"]
+        chosen: dict[int, list[int]] = {16: [], 1: []}
+        for i, w in enumerate(batch.params):
+            if w.numel():
+                chosen[16 if all(a[i] % 16 == 0 for a in addresses if a) else 1].append(i)
+        cache.update({"addresses": addresses, "chosen": chosen})
 
+    def table(chosen: list[int]) -> Tensor:
+        picked = [[x[i] for i in chosen] if x else [] for x in columns]
+        sizes = [batch.params[i].numel() for i in chosen]
+        return chunk_table(picked, sizes, [numbers[i] for i in chosen])
 
-def _on_device(batch: Batch, name: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    """Numbers on the device.
-
-    They are copied only when one has changed: a captured step reads what is there when it runs.
-    """
-    cache = {} if batch.cache is None else batch.cache
-    if cache.get(name) != values:
-        device = batch.params[0].device
-        new = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-        old = cache.get(f"device {name}")
-        if old is None:
-            cache[f"device {name}"] = new.to(device, non_blocking=True)
-        else:
-            old.copy_(new, non_blocking=True)
-        cache[name] = values
-    return cache[f"device {name}"]
+    return [
+        (
+            alignment,
+            _uploads(batch).get(
+                f"chunks aligned to {alignment}",
+                (addresses, numbers),
+                functools.partial(table, chosen),
+                batch.params[0].device,
+            ),
+        )
+        for alignment, chosen in cache["chosen"].items()
+        if chosen
+    ]
 
 
 def _numbers(batch: Batch) -> Tensor:
     """lr, momentum, 1 - dampening, weight decay, c and k on the device, float64."""
-    hyper = batch.hyper
-    rest = (1 - hyper.dampening, hyper.weight_decay, batch.scale, batch.gradient_scale)
-    return _on_device(batch, "numbers", (hyper.lr, hyper.momentum, *rest), torch.float64)
+    if batch.device_numbers is not None:
+        return batch.device_numbers
+    return uploaded_numbers(batch, _uploads(batch))
 
 
 def _constants(batch: Batch) -> dict[str, Any]:
@@ -169,7 +163,12 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
         constants["PREDICATED"] = found_inf is not None
         if batch.applied == "stochastic":
             seed_and_steps = (batch.seed, batch.steps)
-            arguments["random"] = _on_device(batch, "random", seed_and_steps, torch.int64)
+            arguments["random"] = _uploads(batch).get(
+                "random",
+                seed_and_steps,
+                lambda: torch.tensor(seed_and_steps, dtype=torch.int64),
+                batch.params[0].device,
+            )
         else:
             constants["random"] = None
     return [

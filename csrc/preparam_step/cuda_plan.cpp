@@ -28,12 +28,8 @@ std::vector<ArgumentField> fields_of(const PreParamStep& step, const PreParamLau
     fields.push_back({std::string("numbers[") + std::to_string(i) + "]",
                       offsetof(Arguments, numbers) + i * sizeof(Real), real, numbers[i]});
   }
-  fields.push_back({"gradient_scale", offsetof(Arguments, gradient_scale), "double",
-                    "what is divided by *grad_scale"});
   fields.push_back({"device.numbers", offsetof(Arguments, device.numbers), "double*",
-                    "lr, momentum, dampening, weight_decay, scale, gradient_scale, or null"});
-  fields.push_back({"device.grad_scale", offsetof(Arguments, device.grad_scale), "float*",
-                    "divisor of the gradient, or null"});
+                    "lr, momentum, 1 - dampening, weight_decay, scale, gradient_scale, or null"});
   fields.push_back(
       {"device.found_inf", offsetof(Arguments, device.found_inf), "float*",
        "1 element: a step is skipped unless it is 0, or null; overflows sets it to 1"});

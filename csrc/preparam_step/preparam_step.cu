@@ -83,14 +83,10 @@ __device__ __forceinline__ auto current_numbers(const Arguments& a) {
   if (numbers) {
     x.lr = static_cast<Real>(numbers[0]);
     x.momentum = static_cast<Real>(numbers[1]);
-    x.fresh = static_cast<Real>(1 - numbers[2]);
+    x.fresh = static_cast<Real>(numbers[2]);
     x.weight_decay = static_cast<Real>(numbers[3]);
     x.scale = static_cast<Real>(numbers[4]);
     x.gradient_scale = static_cast<Real>(numbers[5]);
-  }
-  if (a.device.grad_scale) {
-    const double scale = numbers ? numbers[5] : a.gradient_scale;
-    x.gradient_scale = static_cast<Real>(scale / *a.device.grad_scale);
   }
   return x;
 }

@@ -25,10 +25,8 @@ constexpr int kLargeTable = 512;
 
 // Device addresses, each null for none.
 struct PreParamDevice {
-  // lr, momentum, dampening, weight_decay, scale, gradient_scale: used instead of the step's own.
+  // PreParamNumbers, in their order: used instead of the step's own.
   const double* numbers;
-  // The gradient is divided by it.
-  const float* grad_scale;
   // A step does nothing if it holds anything but 0; the overflow kernel sets it to 1.
   float* found_inf;
 };
@@ -43,7 +41,6 @@ struct PreParamNumbers {
 template <class Real, int kTensors>
 struct PreParamArguments {
   PreParamNumbers<Real> numbers;
-  double gradient_scale;  // as given, for the division by grad_scale
   PreParamDevice device;
   uint64_t seed;
   uint32_t steps;
@@ -103,7 +100,6 @@ PreParamArguments<Real, kTensors> arguments_of(const PreParamStep& step,
                                                const PreParamDevice& device) {
   PreParamArguments<Real, kTensors> a{};
   a.numbers = numbers_of<Real>(step);
-  a.gradient_scale = step.gradient_scale;
   a.device = device;
   a.seed = step.seed;
   a.steps = step.steps;

@@ -182,7 +182,7 @@ def test_step(
     tensors = [*ours.written(), *ours.grads, found]
     states = 3 if rounding == "compensated" else 2
     table, *rest = library_arguments(ours)
-    arguments = (np.frombuffer(array("q", table), np.int64), *rest, (0, 0, found.data_ptr()))
+    arguments = (np.frombuffer(array("q", table), np.int64), *rest, (0, found.data_ptr()))
     for overflows in (True, False):
         (plan,) = emulated_library.preparam_launches(*arguments, overflows)
         moved = execute("preparam_step", arch, plan, tensors)

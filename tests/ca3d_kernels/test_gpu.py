@@ -108,3 +108,26 @@ def test_a_step_that_overflows_writes_nothing(backend: str) -> None:
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert bool((w == 1).all())
+
+
+@pytest.mark.parametrize(
+    "backend", [x for x in serving("preparam_step") if x.values != ("reference",)]
+)
+def test_replays_of_a_captured_step_take_what_tensors_hold(backend: str) -> None:
+    w = torch.nn.Parameter(torch.ones(10_001, dtype=torch.float16, device="cuda"))
+    w.grad = torch.ones_like(w)
+    lr, scale, found_inf = (torch.tensor(x, device="cuda") for x in (0.25, 2.0, 0.0))
+    optimizer = PreParamSGD([w], lr=lr, backend=backend)
+    optimizer.step(grad_scale=scale, found_inf=found_inf)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step(grad_scale=scale, found_inf=found_inf)
+    expected = 0.875
+    for number, (rate, divisor, flag) in enumerate(((0.25, 2, 0), (0.5, 4, 0), (0.5, 1, 1))):
+        lr.fill_(rate)
+        scale.fill_(divisor)
+        found_inf.fill_(flag)
+        graph.replay()
+        expected -= 0.0 if flag else rate / divisor
+        assert bool((w == expected).all()), number
+    assert optimizer.skipped_steps == 1

@@ -143,6 +143,22 @@ def test_refusals() -> None:
         step.launches(mixed, None)
 
 
+def test_numbers_in_tensors_are_read_by_the_kernels() -> None:
+    results = []
+    for backend in ("triton", "reference"):
+        params = parameters(torch.float16, [5000, 3])
+        lr, momentum = torch.tensor(0.1), torch.tensor(0.9)
+        optimizer = PreParamSGD(params, lr=lr, momentum=momentum, backend=backend)
+        for number in range(3):
+            lr.fill_(0.1 / 2**number)
+            momentum.mul_(0.75)
+            set_gradients(params, seed=number)
+            optimizer.step(grad_scale=torch.tensor(3.0))
+        results.append([*params, *(s["pre_parameter"] for s in optimizer.state.values())])
+    for x, y in zip(*results, strict=True):
+        assert_same_bits(x, y)
+
+
 @pytest.mark.parametrize("flag", [0.0, 1.0])
 def test_a_flag_from_outside(flag: float) -> None:
     (w,) = parameters(torch.float16, [100])

@@ -9,7 +9,7 @@ from pairwise import pairwise_cases
 from step_cases import DTYPES, assert_same_bits, parameters, set_gradients
 from torch import Tensor, nn
 
-from ca3d_kernels import LinearMapping, PreParamSGD
+from ca3d_kernels import LinearMapping, PreParamSGD, cuda
 from ca3d_kernels.preparam_step import op
 from ca3d_kernels.preparam_step.cuda import CudaKernels
 from ca3d_kernels.preparam_step.reference import Hyperparameters
@@ -157,21 +157,108 @@ def test_numbers_on_the_device(dtype: torch.dtype, emulated_library: ModuleType)
     kernels = CudaKernels(emulated_library)
     grads = [torch.linspace(-1, 1, 777).to(dtype)]
     expected, actual = batch_of(grads, dtype, 100.0), batch_of(grads, dtype, 100.0)
-    kernels.step(expected._replace(gradient_scale=expected.gradient_scale / 3.0))
+    kernels.step(expected)
     wrong = Hyperparameters(lr=9.0, momentum=0.1, weight_decay=9.0)
-    numbers = torch.tensor([0.5, 0.9, 0.0, 0.01, 100.0, 100.0], dtype=torch.float64)
-    three = torch.tensor(3.0)
+    numbers = torch.tensor([0.5, 0.9, 1.0, 0.01, 100.0, 100.0], dtype=torch.float64)
     kernels.step(
-        actual._replace(hyper=wrong, scale=7.0, gradient_scale=7.0),
-        numbers=numbers,
-        grad_scale=three,
+        actual._replace(hyper=wrong, scale=7.0, gradient_scale=7.0, device_numbers=numbers)
     )
     assert_all_same(
         [*actual.params, *actual.pre_params, *actual.momenta],
         [*expected.params, *expected.pre_params, *expected.momenta],
     )
-    with pytest.raises(ValueError, match="numbers must be a contiguous tensor of 6"):
-        kernels.step(actual, numbers=three)
+    with pytest.raises(ValueError, match="device_numbers must be a contiguous tensor of 6"):
+        kernels.step(actual._replace(device_numbers=torch.tensor(3.0)))
+
+
+def trained_with_tensors(backend: str, tensors: bool, **options: object) -> list[Tensor]:
+    """Results of steps whose numbers and loss scale are tensors that change, or numbers."""
+    params = parameters(torch.float16, SIZES)
+    numbers = {
+        "lr": torch.tensor([0.1], dtype=torch.float64),
+        "momentum": torch.tensor(0.9, dtype=torch.float64),
+        "weight_decay": torch.tensor(5e-3),
+    }
+    given = numbers if tensors else {name: float(x) for name, x in numbers.items()}
+    optimizer = PreParamSGD(params, **given, backend=backend, **options)
+    for step in range(3):
+        for name, x in numbers.items():
+            x.mul_(0.75)
+            if not tensors:
+                optimizer.param_groups[0][name] = float(x)
+        set_gradients(params, seed=step)
+        optimizer.step(grad_scale=torch.tensor(3.0 + step))
+    states = [value for w in params for value in optimizer.state[w].values()]
+    return [w.detach() for w in params] + states
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"dampening": 0.1}], ids=str)
+def test_numbers_in_tensors_are_read_by_the_kernels(
+    options: dict, emulated_cuda: ModuleType
+) -> None:
+    expected = trained_with_tensors("reference", tensors=False, **options)
+    for backend in ("cpu", "reference", "cuda"):
+        assert_all_same(trained_with_tensors(backend, tensors=True, **options), expected)
+
+
+def test_kernels_read_tensors_without_a_wait(
+    emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(torch.float16, SIZES)
+    numbers = {name: torch.tensor(0.5) for name in ("lr", "momentum", "weight_decay")}
+    optimizer = PreParamSGD(params, **numbers, skip_nonfinite=True, backend="cuda")
+    set_gradients(params)
+    optimizer.step()
+    monkeypatch.setattr(Tensor, "item", wait)
+    monkeypatch.setattr(Tensor, "__bool__", wait)
+    # Tensors on the CPU are checked there, as those on a GPU are not.
+    monkeypatch.setattr("ca3d_kernels.preparam_step.optimizer.check_options", lambda group: None)
+    monkeypatch.setattr(Tensor, "__float__", wait)
+    optimizer.step(grad_scale=torch.ones(()))
+
+
+def wait(*_: object) -> None:
+    raise AssertionError("the CPU asked for a value on the device")
+
+
+def test_a_capture_keeps_what_it_reads(
+    emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(torch.float16, SIZES)
+    optimizer = PreParamSGD(params, lr=torch.tensor(0.5), momentum=0.9, backend="cuda")
+    set_gradients(params)
+    optimizer.step()
+    (part,) = optimizer._plans[0].parts
+    assert part.uploads.captured == []
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
+    optimizer.step()
+    (source,) = part.uploads.captured
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
+    optimizer.param_groups[0]["rounding"] = "compensated"
+    optimizer.step()
+    assert optimizer._captured[0] is source
+
+
+def test_skipped_steps_are_counted_in_one_place(emulated_cuda: ModuleType) -> None:
+    # A CUDA graph adds to the tensor of its capture.
+    (w,) = parameters(torch.float16, (300,))
+    optimizer = PreParamSGD([w], lr=0.5, backend="cuda")
+    counter = None
+    for number, flag in enumerate((1.0, 0.0, 1.0)):
+        w.grad = torch.ones_like(w)
+        optimizer.step(found_inf=torch.full((1,), flag))
+        assert counter is None or optimizer._skipped_on_device is counter
+        counter = optimizer._skipped_on_device
+        assert optimizer.skipped_steps == (1, 1, 2)[number]
+
+
+def test_kernels_that_need_numbers_read_the_tensor() -> None:
+    batch = batch_of([torch.ones(300)], torch.float32)
+    numbers = torch.tensor([0.5, 0.9, 1.0, 0.01, 64.0, 32.0], dtype=torch.float64)
+    read = batch._replace(device_numbers=numbers).for_kernels(op.ReferenceKernels())
+    assert read.hyper == Hyperparameters(lr=0.5, momentum=0.9, weight_decay=0.01)
+    assert (read.scale, read.gradient_scale) == (64.0, 32.0)
+    assert read.device_numbers is None
 
 
 def test_launches_of_an_ordinary_model(emulated_library: ModuleType) -> None:
@@ -181,7 +268,7 @@ def test_launches_of_an_ordinary_model(emulated_library: ModuleType) -> None:
     for i, size in enumerate(sizes):
         table += [4096 * (i + 1)] * 4 + [0, size, i]
     arguments = (torch.tensor(table).numpy(), "float16", "float16", (0.1, 0.9, 0, 0, 128.0, 1.0))
-    arguments = (*arguments, False, "nearest", (0, 0), (0, 0, 0))
+    arguments = (*arguments, False, "nearest", (0, 0), (0, 0))
     (plan,) = emulated_library.preparam_launches(*arguments, False)
     assert plan["entry"] == "ca3d_preparam_step_float16_float16_large"
     assert plan["grid"] == (103 + 34 * 49, 1, 1)

@@ -8,7 +8,7 @@ import torch
 from step_cases import assert_same_bits, parameters, set_gradients
 from torch import Tensor, nn
 
-from ca3d_kernels import LinearMapping, PreParamSGD
+from ca3d_kernels import LinearMapping, PreParamSGD, cuda
 from ca3d_kernels.preparam_step import op
 from ca3d_kernels.preparam_step.mapping import PreParamMapping
 from ca3d_kernels.preparam_step.reference import Hyperparameters, stepped
@@ -365,6 +365,19 @@ def test_change_of_dtype_drops_the_compensation() -> None:
         if dtype != torch.float32:
             expected["compensation"] = dtype
         assert kept == expected
+
+
+def test_stochastic_rounding_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
+    for rounding in ("nearest", "stochastic"):
+        w = nn.Parameter(torch.ones(3).half())
+        w.grad = torch.ones_like(w)
+        optimizer = PreParamSGD([w], lr=0.5, rounding=rounding)
+        if rounding == "nearest":
+            optimizer.step()
+            continue
+        with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph"):
+            optimizer.step()
 
 
 def test_unknown_rounding_of_the_reference() -> None:
