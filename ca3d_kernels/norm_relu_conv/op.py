@@ -204,16 +204,17 @@ def _forward(
     conv_weight: Tensor | None,
     conv_bias: Tensor | None,
     *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
+    """What the op returns, with None for what a call doesn't have."""
     options = Options(*arguments)
     y = _dense(y)
     residual = None if residual is None else _dense(residual)
     norm, z = Norm(weight, bias, options.eps, options.relu), _empty(y)
     statistics = _run(y, options, lambda run: run.normalise(y, residual, norm, z))
     if conv_weight is None:
-        return y.new_empty(0), z, *statistics
+        return None, z, *statistics
     output = _dense(convolution.convolve(z, conv_weight, conv_bias, options.geometry))
-    return output, z if options.keep_z else y.new_empty(0), *statistics
+    return output, z if options.keep_z else None, *statistics
 
 
 def _backward(
@@ -227,13 +228,14 @@ def _backward(
     bias: Tensor,
     conv_weight: Tensor | None,
     *arguments: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
+    """What the backward op returns, with None for what isn't wanted."""
     needs_z, needs_y, options = arguments[0], arguments[1], Options(*arguments[2:])
     norm, statistics = Norm(weight, bias, options.eps, options.relu), Statistics(mean, variance)
     y = _dense(y)
     own = grad is not None and conv_weight is not None
     dz, more = None, None if grad_z is None else _dense(grad_z)
-    conv_gradients = [y.new_empty(0), y.new_empty(0)]
+    conv_gradients: list[Tensor | None] = [None, None]
     if grad is not None and conv_weight is not None:
         if z is None:
             z = _empty(y)
@@ -242,10 +244,10 @@ def _backward(
             del made
         inputs = [z]
         del z
-        dz, *conv_gradients = convolution.gradients(
+        dz, *gradients = convolution.gradients(
             _dense(grad), inputs, y, conv_weight, options.geometry
         )
-        dz = _dense(dz)
+        dz, conv_gradients = _dense(dz), [x.to(y.dtype) for x in gradients]
     else:
         dz, more = more, None
     dy = None
@@ -253,12 +255,22 @@ def _backward(
         dy = dz if own and not needs_z else _empty(y)
     dweight, dbias = _run(y, options, lambda run: run.backward(y, dz, more, norm, statistics, dy))
     return (
-        dz if own and needs_z else y.new_empty(0),
-        y.new_empty(0) if dy is None else dy,
+        dz if own and needs_z else None,
+        dy,
         dweight.to(weight.dtype),
         dbias.to(bias.dtype),
-        *(x.to(y.dtype) for x in conv_gradients),
+        *conv_gradients,
     )
+
+
+def _as_op(kernel: Callable[..., tuple[Tensor | None, ...]], y: int) -> Callable[..., Any]:
+    """The kernel with an empty tensor, of the dtype of its argument number y, for None."""
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        results = kernel(*arguments)
+        return tuple([arguments[y].new_empty(0) if x is None else x for x in results])
+
+    return run
 
 
 def _run(y: Tensor, options: Options, call: Callable[[Any], Any]) -> Any:
@@ -327,8 +339,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 for _name, _kernel, _fake in (
-    ("norm_relu_conv", _forward, _fake_forward),
-    ("norm_relu_conv_backward", _backward, _fake_backward),
+    ("norm_relu_conv", _as_op(_forward, 0), _fake_forward),
+    ("norm_relu_conv_backward", _as_op(_backward, 2), _fake_backward),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _device)
@@ -459,25 +471,45 @@ def _one_by_one(op: Any) -> Callable[..., Any]:
     return rule
 
 
-def _straight(op: Any, save: Callable[..., None]) -> Callable[..., Any]:
-    """The forward method of an autograd.Function that is the op's autograd rule itself."""
+def _called(op: Any, kernel: Callable[..., Any], y: Tensor, arguments: tuple[Any, ...]) -> Any:
+    """The op below autograd; its kernel itself where nobody watches the op go by.
 
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*arguments)
-        save(ctx, arguments, output)
-        return output
+    On small tensors torch's way to a kernel in Python takes longer than the kernel.
+    """
+    watched = torch._C._len_torch_dispatch_stack() or not (y.is_cpu or y.is_cuda)
+    if not watched and all(map(_is_plain, arguments)):
+        return kernel(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
-    return forward
+
+def _is_plain(argument: Any) -> bool:
+    if not isinstance(argument, Tensor):
+        return True
+    # The gradients that autograd hands over under `is_grads_batched` are in torch's older vmap.
+    batched = torch._C._functorch.is_legacy_batchedtensor(argument)
+    return type(argument) in (Tensor, torch.nn.Parameter) and not batched
 
 
 class _Forward(torch.autograd.Function):
-    forward = staticmethod(_straight(_op, _save))
+    """The op's autograd rule; see `_called` for why it isn't torch.library's."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = _called(_op, _forward, arguments[0], arguments)
+        _save(ctx, arguments, output)
+        return output
+
     backward = staticmethod(_differentiate)
 
 
 class _Backward(torch.autograd.Function):
-    forward = staticmethod(_straight(_backward_op, _save_backward))
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = _called(_backward_op, _backward, arguments[2], arguments)
+        _save_backward(ctx, arguments, output)
+        return output
+
     backward = staticmethod(_differentiate_backward)
 
 
@@ -490,17 +522,20 @@ def _call_backward(*arguments: Any) -> Any:
         return _backward_definition(*arguments)
     if torch.compiler.is_compiling():
         return _backward_op(*arguments)
+    if not torch.is_grad_enabled():
+        return _called(_backward_op, _backward, arguments[2], arguments)
     return _Backward.apply(*arguments)
 
 
-def norm_relu_conv(*arguments: Any) -> tuple[Tensor, ...]:
+def norm_relu_conv(*arguments: Any) -> tuple[Any, ...]:
     """Runs the op, or its definition under a transform that the op doesn't know.
 
     Args:
         *arguments: those of the op's schema.
 
     Returns:
-        The convolution's output, z, mean and variance.
+        The convolution's output, z, mean and variance; None or an empty tensor for what a call
+        doesn't have.
 
     Example:
         >>> y, one = torch.randn(2, 3, 4, 4), torch.ones(3)
