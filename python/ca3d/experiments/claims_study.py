@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ca3d.errors import UserError
+from ca3d.experiments.attention_cost import attention_cost, attention_report
 from ca3d.experiments.comparison_report import Entry, comparison, csv_rows, entries
 from ca3d.experiments.display import Display
+from ca3d.experiments.leakage import leakage_plans, leakage_report
 from ca3d.experiments.markdown import machine, percent, table
 from ca3d.experiments.plan import Plan, run_plan
-from ca3d.experiments.rows import Row, read_rows
+from ca3d.experiments.rows import Row, RowFile, read_rows
 from ca3d.experiments.runner import ROWS, RunOptions
 from ca3d.experiments.statistics import holm, paired_difference
 from ca3d.options import option
@@ -24,6 +27,7 @@ from ca3d.training.logs import write_csv
 __all__ = ["CLAIMS", "Claim", "ClaimsConfig", "plan_of", "run", "verdict"]
 
 _MODEL = "ca3d_variant"
+_COST = "attention-cost"
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,9 @@ class ClaimsConfig:
     """
 
     out: str = option("studies/claims", "Folder of the study; the same one goes on")
-    only: str = option("", "Claims, separated by commas (default: all)")
+    only: str = option(
+        "", "Claims, separated by commas, 'leakage' and 'attention-cost' (default: all)"
+    )
     scale: Literal["full", "reduced"] = option(
         "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x16x16, 960"
     )
@@ -187,7 +193,7 @@ class ClaimsConfig:
         """Raises `UserError` for the first option whose value is not allowed."""
         if self.seeds < 1:
             raise UserError(f"--seeds must be at least 1, not {self.seeds}")
-        known = [claim.name for claim in CLAIMS]
+        known = [*(claim.name for claim in CLAIMS), "leakage", "attention-cost"]
         for name in _words(self.only):
             if name not in known:
                 raise UserError(f"--only: {name!r} is none of {', '.join(known)}")
@@ -258,13 +264,13 @@ def run(config: ClaimsConfig) -> Path:
     """
     config.validate()
     folder = Path(config.out)
-    chosen = [c for c in CLAIMS if c.name in (_words(config.only) or [c.name])]
-    todo = {claim.name: (claim, plan_of(claim, config)) for claim in chosen}
+    todo = {
+        claim.name: (claim, plan_of(claim, config))
+        for claim in CLAIMS
+        if _asked(config, claim.name)
+    }
     if not config.only_report:
-        options = RunOptions(folder, config.jobs, config.budget_hours)
-        display = Display(config.progress)
-        for _, plan in todo.values():
-            run_plan(plan, options, display)
+        _run_missing(config, [plan for _, plan in todo.values()])
     rows = read_rows(folder / ROWS)
     report = Path(config.report) if config.report else folder / "report.md"
     report.parent.mkdir(parents=True, exist_ok=True)
@@ -278,6 +284,29 @@ def run(config: ClaimsConfig) -> Path:
         write_csv(report.with_suffix(".csv"), every)
     write_file(report, "\n".join(lines) + "\n")
     return report
+
+
+def _asked(config: ClaimsConfig, name: str) -> bool:
+    return name in (_words(config.only) or [name])
+
+
+def _leakage(config: ClaimsConfig) -> dict[str, Plan]:
+    data, recipe = SCALES[config.scale]
+    return leakage_plans({**data, "score_train": False}, recipe, range(config.seeds), rate=RATES[0])
+
+
+def _run_missing(config: ClaimsConfig, plans: list[Plan]) -> None:
+    options = RunOptions(Path(config.out), config.jobs, config.budget_hours)
+    display = Display(config.progress)
+    with RowFile(options.folder / ROWS) as file:
+        if _asked(config, _COST) and _COST not in file.rows:
+            display.message("measuring attention for clips of 8 to 1024 frames")
+            began = time.process_time()
+            figures = attention_cost()
+            taken = time.process_time() - began
+            file.add({"key": _COST, "rows": figures, "cpu_seconds": taken})
+    for plan in [*plans, *(_leakage(config).values() if _asked(config, "leakage") else [])]:
+        run_plan(plan, options, display)
 
 
 def _lines(
@@ -306,7 +335,19 @@ def _lines(
         "",
         *table(["claim", "statement", "test, %", "verdict"], summary),
         *details,
+        *_further(config, rows),
     ]
+
+
+def _further(config: ClaimsConfig, rows: Mapping[str, Row]) -> list[str]:
+    lines = []
+    if _asked(config, "leakage"):
+        lines += ["", "## leakage: a random split over clips flatters", ""]
+        lines += leakage_report(_leakage(config), rows)
+    if _asked(config, _COST):
+        lines += ["", "## attention-cost: local attention is linear in the clip's length", ""]
+        lines += attention_report(rows[_COST]["rows"] if _COST in rows else [])
+    return lines
 
 
 def _words(text: str) -> list[str]:

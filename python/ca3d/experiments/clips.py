@@ -22,6 +22,7 @@ from ca3d.data.embedded.recipe import Recipe
 from ca3d.data.samples import Sample
 from ca3d.data.sampling import ClipSpec
 from ca3d.errors import UserError
+from ca3d.experiments.recordings import divide, recording_of, recordings
 from ca3d.training.checkpoint import write_file
 from ca3d.training.datasets import Data
 
@@ -48,6 +49,7 @@ class ClipSet:
         clips: (clips, 3, frames, height, width) uint8.
         labels: (clips,) class numbers.
         classes: Class names.
+        groups: What recording each clip comes from, where that is known.
         name: Of the split; the clips' paths begin with it.
         mean: Channel means in [0, 1] that are subtracted.
         std: Channel standard deviations.
@@ -73,6 +75,7 @@ class ClipSet:
         labels: Sequence[int],
         classes: Sequence[str],
         *,
+        groups: Sequence[str] | None = None,
         name: str = "clips",
         mean: Sequence[float],
         std: Sequence[float],
@@ -86,7 +89,8 @@ class ClipSet:
             raise ValueError(f"{len(clips)} clips need as many labels, got {len(labels)}")
         self.clips, self.labels, self.classes = clips, list(labels), list(classes)
         self.samples = [
-            Sample(Path(name, str(i)), self.classes[label]) for i, label in enumerate(labels)
+            Sample(Path(name, str(i)), self.classes[label], None if groups is None else groups[i])
+            for i, label in enumerate(labels)
         ]
         self.control, self.training, self.seed = control, training, seed
         self._epoch = 0
@@ -133,8 +137,10 @@ def load(data: Mapping[str, Any], folder: Path, seed: int = 0, say: Say = silent
         data: name (one of the embedded data sets), train, val and test (clips of each split),
             frames and size of a clip, step (frames of the rendering from one frame to the next),
             scale (the rendering has so many times the size), control (one of `CONTROLS`), and
-            segments, views, clutter and seed as in `ca3d.data.embedded`. All but the name have
-            defaults. (score_train says whether the accuracy on the train split is wanted.)
+            segments, views, clutter and seed as in `ca3d.data.embedded`. With a division
+            (`ca3d.experiments.recordings`), every `cuts` clips are of one recording. All but the
+            name have defaults. (score_train says whether the accuracy on the train split is
+            wanted.)
         folder: Where clips are kept.
         seed: Of the draws of the control.
         say: Shows a line to the user.
@@ -154,16 +160,20 @@ def load(data: Mapping[str, Any], folder: Path, seed: int = 0, say: Say = silent
     values = complete(data)
     control = values.pop("control")
     values.pop("score_train")
+    if values["division"] is None:
+        del values["division"], values["cuts"]
     clips = _clips(json.dumps(values, sort_keys=True), folder, say)
     recipe = _recipe(values)
+    parts = _parts(values)
     share = clips["train"].transpose(0, 1).flatten(1)[:, ::7].double() / 255
     mean, std = tuple(share.mean(1).tolist()), tuple(share.std(1).tolist())
 
     def split_of(name: str) -> ClipSet:
         return ClipSet(
             clips[name],
-            [recipe.label(i) for i in range(values[name])],
+            [recipe.label(i) for i in parts[name]],
             recipe.classes,
+            groups=_groups(values, parts[name]),
             name=name,
             mean=mean,
             std=std,
@@ -203,7 +213,7 @@ def _clips(text: str, folder: Path, say: Say) -> dict[str, Tensor]:
         total = sum(values[split] for split in SPLITS)
         size = f"{values['frames']}x{values['size']}x{values['size']}"
         say(f"rendering {total} clips of {values['name']}, {size}")
-        train, val, test = (_render(values, split) for split in SPLITS)
+        train, val, test = _render(values)
         buffer = io.BytesIO()
         np.savez(buffer, train=train, val=val, test=test)
         write_file(file, buffer.getvalue())
@@ -225,6 +235,8 @@ _DEFAULTS: dict[str, Any] = {
     "views": "side",
     "clutter": 0.0,
     "seed": 0,
+    "division": None,
+    "cuts": 4,
 }
 
 
@@ -263,13 +275,39 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
     )
 
 
-def _render(values: Mapping[str, Any], split: str) -> np.ndarray:
-    """(clips, 3, frames, size, size) uint8; a pixel is the mean of scale x scale rendered ones."""
+def _parts(values: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Which of the rendered clips each split has."""
+    sizes = {split: values[split] for split in SPLITS}
+    if "division" not in values:
+        return {split: list(range(size)) for split, size in sizes.items()}
+    recipe, total = _recipe(values), sum(sizes.values())
+    groups = [recording_of(recipe, i, values["cuts"]) for i in range(total)]
+    return divide(groups, sizes, values["division"])
+
+
+def _groups(values: Mapping[str, Any], part: Sequence[int]) -> list[str] | None:
+    if "division" not in values:
+        return None
     recipe = _recipe(values)
-    size, frames = values["size"], values["frames"]
-    clips = np.empty((values[split], 3, frames, size, size), dtype=np.uint8)
-    for index in range(values[split]):
-        video = torch.from_numpy(recipe.render(split, index)[0][:: values["step"]])
-        small = F.avg_pool2d(video.permute(0, 3, 1, 2).float(), values["scale"])
-        clips[index] = small.round().byte().transpose(0, 1).numpy()
-    return clips
+    return [recording_of(recipe, i, values["cuts"]) for i in part]
+
+
+def _render(values: Mapping[str, Any]) -> list[np.ndarray]:
+    """(clips, 3, frames, size, size) uint8 of each split.
+
+    A pixel is the mean of scale x scale rendered ones.
+    """
+    recipe, parts = _recipe(values), _parts(values)
+
+    def clip_of(frames: np.ndarray) -> np.ndarray:
+        video = torch.from_numpy(frames[:: values["step"]]).permute(0, 3, 1, 2).float()
+        return F.avg_pool2d(video, values["scale"]).round().byte().transpose(0, 1).numpy()
+
+    if "division" not in values:
+        return [
+            np.stack([clip_of(recipe.render(split, i)[0]) for i in parts[split]])
+            for split in SPLITS
+        ]
+    total = sum(map(len, parts.values()))
+    clips = [clip_of(frames) for frames, _, _ in recordings(recipe, total, values["cuts"])]
+    return [np.stack([clips[i] for i in parts[split]]) for split in SPLITS]

@@ -98,7 +98,7 @@ def run_cells(
 def _may_begin(file: RowFile, options: RunOptions) -> bool:
     if options.budget_hours is None or not file.rows:
         return True
-    taken = [row["cpu_seconds"] for row in file.rows.values()]
+    taken = [float(row["cpu_seconds"]) for row in file.rows.values()]
     return sum(taken) * (1 + 1 / len(taken)) <= 3600 * options.budget_hours
 
 

@@ -9,9 +9,14 @@ from ca3d import models
 from ca3d.data.embedded.recipe import Recipe
 from ca3d.errors import UserError
 from ca3d.experiments import claims_study
+from ca3d.experiments.attention_cost import attention_cost, attention_report
 from ca3d.experiments.claims_study import CLAIMS, Claim, ClaimsConfig, plan_of, verdict
 from ca3d.experiments.clips import complete
 from ca3d.experiments.comparison_report import Entry
+from ca3d.experiments.display import Display
+from ca3d.experiments.leakage import leakage_plans, leakage_report
+from ca3d.experiments.plan import run_plan
+from ca3d.experiments.runner import RunOptions
 
 CLIPS = 200
 
@@ -66,10 +71,30 @@ def test_verdicts() -> None:
     assert verdict(as_well, _entries(0.5, 0.8)) == "not held"
 
 
+def test_cost_of_attention_grows_with_the_window_and_not_with_the_clip() -> None:
+    short, long = attention_cost([64, 512], rounds=1)
+    assert long["local_bytes"] <= 8.1 * short["local_bytes"]
+    assert "| 512 |" in "\n".join(attention_report([short, long]))
+
+
+def test_leakage_is_the_same_run_on_two_divisions(tmp_path: Path) -> None:
+    data = {"train": 60, "val": 30, "test": 30, "frames": 4, "step": 2}
+    recipe = {"epochs": 1, "batch_size": 16, "schedule": "constant"}
+    plans = leakage_plans(data, recipe, range(1), 0.01)
+    assert "not run yet" in "\n".join(leakage_report(plans, {}))
+    rows = {}
+    for plan in plans.values():
+        rows |= run_plan(plan, RunOptions(tmp_path), Display("none"))
+    text = "\n".join(leakage_report(plans, rows))
+    assert text.count("no inference") == 2
+    assert all(len(set(row["groups"])) > 1 for row in rows.values())
+
+
 def test_report_without_runs_says_so(tmp_path: Path) -> None:
     config = ClaimsConfig(out=str(tmp_path), only="keys,pools", only_report=True)
     text = claims_study.run(config).read_text()
     assert text.count("| not run yet |") == 2
     assert "## position" not in text
+    assert "## leakage" not in text
     with pytest.raises(UserError, match="--only: 'color' is none of"):
         ClaimsConfig(only="color").validate()
