@@ -388,8 +388,8 @@ def footprint(config: FootprintConfig) -> None:
     Args:
         config: The options.
     """
-    from ca3d.footprint import as_text
     from ca3d.footprint import footprint as run
+    from ca3d.report.footprint_table import as_text
 
     rows = run(config, lambda line: print(line, file=sys.stderr))
     print(as_text(rows))
