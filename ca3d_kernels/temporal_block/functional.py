@@ -98,9 +98,7 @@ def temporal_block(
         column_shift,
     )
     heads = _check_weights(x, weights)
-    options = check_options(
-        heads, kernel_size, dilation, causal, scale, edge, key_table, backend
-    )
+    options = check_options(heads, kernel_size, dilation, causal, scale, edge, key_table, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
         raise RuntimeError("temporal_block has no derivatives; call it under torch.no_grad()")
     return torch.ops.ca3d.temporal_block(x, *weights, *with_context(options))
