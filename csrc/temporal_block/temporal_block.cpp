@@ -18,9 +18,10 @@ namespace ca3d {
 namespace {
 
 constexpr int64_t kTaps = 3;
-// Frames (of all pixels of a task together) whose matrices stay in the first two caches beside the
-// weights of a head.
-constexpr int64_t kBlockRows = 32;
+constexpr int64_t kTileFrames = 4;
+// Frames (of all pixels of a task together) whose matrices stay in the first two caches. They make
+// tiles in a number that the rows of every kernel's blocks divide.
+constexpr int64_t kBlockRows = 96;
 constexpr std::size_t kAlignment = 64;
 
 const TemporalBlockKernels& kernels() {
@@ -57,6 +58,16 @@ void check(const TemporalBlockProblem& problem, int threads) {
   }
 }
 
+int64_t padded_dim(const TemporalBlockProblem& problem) {
+  const int64_t dim = problem.attention.head_dim;
+  return (dim + kTemporalBlockPadding - 1) / kTemporalBlockPadding * kTemporalBlockPadding;
+}
+
+// Matrices of a filter: a tile of four frames is worth it from three on.
+int64_t points(const TemporalBlockProblem& problem) {
+  return problem.attention.frames < 3 ? kTaps : kTemporalBlockPoints;
+}
+
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
@@ -80,8 +91,11 @@ class Plan {
     tables.heads = p.heads;
     tables.frames = p.frames;
     tables.head_dim = p.head_dim;
-    tables.padded_dim =
-        (p.head_dim + kTemporalBlockPadding - 1) / kTemporalBlockPadding * kTemporalBlockPadding;
+    tables.padded_dim = padded_dim(problem);
+    tables.points = points(problem);
+    tables.tiles = (p.frames + kTileFrames - 1) / kTileFrames;
+    tables.padded_frames =
+        (tables.points == kTaps ? p.frames : tables.tiles * kTileFrames) + kTaps - 1;
     tables.convolutions = problem.convolutions;
     tables.x = x;
     tables.out = out;
@@ -106,26 +120,17 @@ class Plan {
   TemporalBlockTables tables{};
 
  private:
-  // `steps` times `heads` times `rows` rows; each is `pieces` times head_dim elements. Rows come in
-  // sets of head_dim, of which each gets rows of zeros behind it, if `padded_rows`.
-  TemporalBlockMatrix read(const void* from, int64_t steps, int64_t rows, int64_t pieces,
-                           bool padded_rows = false) {
-    const int64_t dim = tables.head_dim, padded = tables.padded_dim, heads = tables.heads;
-    const int64_t row = pieces * padded;
-    if (tables.dtype == DType::kFloat32 && dim == padded) {
-      return {static_cast<const float*>(from), rows * row, heads * rows * row};
+  // `steps` times `heads` times `rows` rows, each of `pieces` times head_dim elements.
+  TemporalBlockMatrix read(const void* from, int64_t steps, int64_t rows, int64_t pieces) {
+    const int64_t row = pieces * tables.padded_dim, all_rows = steps * tables.heads * rows;
+    const float* data = static_cast<const float*>(from);
+    if (tables.dtype != DType::kFloat32 || tables.head_dim != tables.padded_dim) {
+      memory_.emplace_back(static_cast<std::size_t>(all_rows * row));
+      isa_.widen(tables.dtype, from, all_rows * pieces, tables.head_dim, tables.padded_dim,
+                 memory_.back().data());
+      data = memory_.back().data();
     }
-    const int64_t set = padded_rows ? dim : rows, sets = steps * heads * (rows / set);
-    const int64_t padded_set = padded_rows ? padded : rows;
-    const int64_t all_rows = rows / set * padded_set;
-    memory_.emplace_back(static_cast<std::size_t>(sets * padded_set * row));
-    float* to = memory_.back().data();
-    const char* source = static_cast<const char*>(from);
-    for (int64_t i = 0; i < sets; ++i) {
-      isa_.widen(tables.dtype, source + i * set * pieces * dim * stored_bytes(tables.dtype),
-                 set * pieces, dim, padded, to + i * padded_set * row);
-    }
-    return {to, all_rows * row, heads * all_rows * row};
+    return {data, rows * row, tables.heads * rows * row};
   }
 
   void read_weights(const LocalAttentionProblem& p, int64_t convolutions,
@@ -136,7 +141,8 @@ class Plan {
     tables.norm_scale = read(w.norm_scale, 1, 1, 1);
     tables.norm_shift = read(w.norm_shift, 1, p.frames, 1);
     if (convolutions == 0) return;
-    tables.column_weight = read(w.column_weight, convolutions, kTaps * p.head_dim, 1, true);
+    const int64_t filter = tables.points * tables.padded_dim * tables.padded_dim;
+    tables.filters = {w.filters, filter, p.heads * filter};
     tables.column_bias = read(w.column_bias, convolutions, 1, 1);
     tables.column_scale = read(w.column_scale, convolutions, 1, 1);
     tables.column_shift = read(w.column_shift, convolutions, 1, 1);
@@ -189,6 +195,31 @@ class Plan {
 };
 
 }  // namespace
+
+int64_t temporal_block_filter_count(const TemporalBlockProblem& problem) {
+  check(problem, 1);
+  const int64_t dim = padded_dim(problem);
+  return problem.convolutions * problem.attention.heads * points(problem) * dim * dim;
+}
+
+void temporal_block_filters(const TemporalBlockProblem& problem, const void* column_weight,
+                            float* filters, int threads) {
+  check(problem, threads);
+  const TemporalBlockKernels& isa = kernels();
+  const LocalAttentionProblem& p = problem.attention;
+  const int64_t dim = padded_dim(problem), matrix = dim * dim;
+  const int64_t bytes = kTaps * p.head_dim * p.head_dim * stored_bytes(p.dtype);
+  const int64_t filter = points(problem) * matrix;
+  std::vector<float> scratch(static_cast<std::size_t>(kTaps * matrix * threads));
+  parallel_ranges(problem.convolutions * p.heads, threads,
+                  [&](int thread, int64_t begin, int64_t end) {
+                    for (int64_t i = begin; i < end; ++i) {
+                      isa.filters(p.dtype, static_cast<const char*>(column_weight) + i * bytes,
+                                  p.head_dim, dim, points(problem),
+                                  scratch.data() + kTaps * matrix * thread, filters + i * filter);
+                    }
+                  });
+}
 
 void temporal_block(const TemporalBlockProblem& problem, const TemporalBlockWeights& weights,
                     const TemporalBlockClip& x, const TemporalBlockClip& out, int threads) {

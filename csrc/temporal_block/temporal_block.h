@@ -24,14 +24,15 @@ struct TemporalBlockProblem {
   int64_t convolutions;  // two for each residual block
 };
 
-// Dense, of the problem's dtype; d is head_dim, H heads, T frames.
+// Dense, of the problem's dtype; d is head_dim, H heads, T frames. A column_weight is
+// (convolutions, H, 3 d, d): inputs of frames t - 1, t, t + 1, then outputs.
 struct TemporalBlockWeights {
-  const void* qkv_weight;     // (H, d, 3 d): inputs, then outputs q, k, v
-  const void* qkv_bias;       // (H, T, 3 d)
-  const void* norm_scale;     // (H, d)
-  const void* norm_shift;     // (H, T, d)
-  const void* column_weight;  // (convolutions, H, 3 d, d): frames t - 1, t, t + 1; inputs; outputs
-  const void* column_bias;    // (convolutions, H, d); scale and shift likewise
+  const void* qkv_weight;   // (H, d, 3 d): inputs, then outputs q, k, v
+  const void* qkv_bias;     // (H, T, 3 d)
+  const void* norm_scale;   // (H, d)
+  const void* norm_shift;   // (H, T, d)
+  const float* filters;     // from `temporal_block_filters`
+  const void* column_bias;  // (convolutions, H, d); scale and shift likewise
   const void* column_scale;
   const void* column_shift;
 };
@@ -47,11 +48,21 @@ struct TemporalBlockClip {
 void temporal_block(const TemporalBlockProblem& problem, const TemporalBlockWeights& weights,
                     const TemporalBlockClip& x, const TemporalBlockClip& out, int threads);
 
+// Filters in the form that the kernels read: `temporal_block_filter_count` floats from a
+// column_weight. Four frames of a convolution are computed with 6 products of matrices instead of
+// 12 (Winograd's F(4, 3)); where clips are too short for that, one after the other.
+int64_t temporal_block_filter_count(const TemporalBlockProblem& problem);
+void temporal_block_filters(const TemporalBlockProblem& problem, const void* column_weight,
+                            float* filters, int threads);
+
 // ---- what the kernels work from ----
 
 // Rows of head_dim are padded with zeros to a multiple of this: of the lanes of every instruction
 // set.
 constexpr int64_t kTemporalBlockPadding = 16;
+
+// Products for four frames; see `temporal_block_filters`.
+constexpr int64_t kTemporalBlockPoints = 6;
 
 // Weights as floats, rows padded; of head h at data + h * head, of convolution i at + i * step.
 struct TemporalBlockMatrix {
@@ -64,7 +75,10 @@ struct TemporalBlockTables {
   int64_t inner, heads, frames, head_dim, padded_dim, convolutions;
   TemporalBlockClip x, out;
   TemporalBlockMatrix qkv_weight, qkv_bias, norm_scale, norm_shift;
-  TemporalBlockMatrix column_weight, column_bias, column_scale, column_shift;
+  TemporalBlockMatrix filters, column_bias, column_scale, column_shift;
+  // Of a filter: 3 matrices, one a frame, or kTemporalBlockPoints. Tiles of 4 frames of a clip, and
+  // the frames that it has with zeros before and after.
+  int64_t points, tiles, padded_frames;
   float scale;
   // A task is a block of pixels for one head, or for all of them if keys are of other heads.
   int64_t pixels, block_pixels, blocks, group_heads;
@@ -84,6 +98,10 @@ struct TemporalBlockKernels {
   // Converts `rows` rows of `columns` elements and pads them with zeros.
   void (*widen)(DType dtype, const void* from, int64_t rows, int64_t columns,
                 int64_t padded_columns, float* to);
+  // Filters of one convolution of one head, `points` times (padded_dim, padded_dim), from
+  // (3 head_dim, head_dim) elements. `scratch` holds 3 padded_dim * padded_dim floats.
+  void (*filters)(DType dtype, const void* from, int64_t head_dim, int64_t padded_dim,
+                  int64_t points, float* scratch, float* to);
 };
 
 namespace baseline {
