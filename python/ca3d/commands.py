@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SplitConfig,
     )
     from ca3d.demo import DemoConfig
+    from ca3d.edge_bench import BenchConfig
     from ca3d.evaluate import EvalConfig
     from ca3d.export.options import ExportConfig
     from ca3d.footprint import FootprintConfig
@@ -320,6 +321,19 @@ def footprint(config: FootprintConfig) -> None:
     """
     from ca3d.footprint import as_text
     from ca3d.footprint import footprint as run
+
+    rows = run(config, lambda line: print(line, file=sys.stderr))
+    print(as_text(rows))
+
+
+def bench(config: BenchConfig) -> None:
+    """Measures latency and memory, and prints a table.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.edge_bench import as_text
+    from ca3d.edge_bench import bench as run
 
     rows = run(config, lambda line: print(line, file=sys.stderr))
     print(as_text(rows))
