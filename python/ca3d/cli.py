@@ -210,6 +210,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        "bench",
+        "ca3d.edge_bench:BenchConfig",
+        "bench",
+        "measure latency and memory: whole clips and streams, in each runtime",
+        (
+            "ca3d bench edge",
+            "ca3d bench edge --runtimes onnx --precisions float32,float16,int8 --json edge.json",
+        ),
+    ),
+    Command(
         "demo",
         "ca3d.demo:DemoConfig",
         "demo",
@@ -510,6 +520,7 @@ def _check_required(name: str, config: Any) -> None:
         "calibrate": ("weights", "data"),
         "convert": ("input", "out"),
         "export": ("format", "weights", "out"),
+        "bench": ("suite",),
         "data make": ("name", "out"),
         "data check": ("data",),
         "data cache": ("data",),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SplitConfig,
     )
     from ca3d.demo import DemoConfig
+    from ca3d.edge_bench import BenchConfig
     from ca3d.evaluate import EvalConfig
     from ca3d.experiments.claims_study import ClaimsConfig
     from ca3d.experiments.compare import CompareConfig
@@ -390,6 +391,19 @@ def footprint(config: FootprintConfig) -> None:
     """
     from ca3d.footprint import footprint as run
     from ca3d.report.footprint_table import as_text
+
+    rows = run(config, lambda line: print(line, file=sys.stderr))
+    print(as_text(rows))
+
+
+def bench(config: BenchConfig) -> None:
+    """Measures latency and memory, and prints a table.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.edge_bench import as_text
+    from ca3d.edge_bench import bench as run
 
     rows = run(config, lambda line: print(line, file=sys.stderr))
     print(as_text(rows))

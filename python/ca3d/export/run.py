@@ -115,13 +115,13 @@ def export(config: ExportConfig, say: Callable[[str], None] = lambda line: None)
     file = weights_file(config.weights)
     model, info = weights.load(file)
     info = dataclasses.replace(info, size=config.size or info.size)
-    parts = ["clip", *(STREAM_FILES if config.stream else ())]
-    folder = _prepare_folder(config, parts)
     if not isinstance(model, CA3D):
         _refuse(config, info, model)
     elif config.stream:
         streaming.Stream(model.float(), _stride(config, model))
     backend = importlib.import_module(f"ca3d.export.to_{config.format}")
+    parts = ["clip", *(STREAM_FILES if config.stream else ())]
+    folder = _prepare_folder(config, parts)
     wide = model.float()
     clips = _sample_clips(config, info, wide)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
