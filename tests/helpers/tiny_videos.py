@@ -52,6 +52,18 @@ def write_any(
     return path
 
 
+def write_8k(path: Path) -> Path:
+    """One frame of 7680 x 4320: the left half black, the right half white."""
+    planes = np.full((4320 * 3 // 2, 7680), 128, dtype=np.uint8)
+    planes[:4320, :3840], planes[:4320, 3840:] = 0, 255
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 4320, 7680, "yuvj420p"
+        output.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuvj420p")))
+        output.mux(stream.encode())
+    return path
+
+
 def bar_video(direction: str, seed: int, frames: int = FRAMES) -> np.ndarray:
     """A bright bar that moves "up" or "down" over noise."""
     rng = np.random.default_rng(seed)

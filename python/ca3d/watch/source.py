@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ca3d.data.reader import check_file
 from ca3d.errors import UserError
@@ -60,7 +61,7 @@ def find_sources(
         return [request("webcam", f"/dev/video{int(source)}")]
     if re.match(r"(?i)rtsps?://", source):
         url, inside = split_url(source[: source.index(":")].lower() + source[source.index(":") :])
-        if not re.search(r"//[^/]", url):
+        if not urlsplit(url).hostname:
             raise UserError(f"{redact(source)}: names no camera")
         given = find_credentials(config.credentials)
         return [request("rtsp", url, credentials=inside or given)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rtsp_camera import RtspCamera, encoded
-from tiny_videos import SIDE, bar_video, write_any, write_video
+from tiny_videos import SIDE, bar_video, write_8k, write_any, write_video
 
 from ca3d.data.reader import open_video
 from ca3d.data.sampling import ClipSpec
@@ -217,9 +217,7 @@ def test_alpha_and_grey(tmp_path, suffix, codec, pix_fmt):
 
 
 def test_8k(tmp_path):
-    images = np.zeros((1, 4320, 7680, 3), dtype=np.uint8)
-    images[:, :, 3840:] = 220
-    path = write_any(tmp_path / "8k.avi", images, codec="mjpeg", pix_fmt="yuvj420p")
+    path = write_8k(tmp_path / "8k.avi")
     frames, notices = read(path, view="letterbox")
     assert notices[1].values["width"] == 7680
     assert frames[0].pixels[16, 8].max() < 40

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rtsp_camera import RtspCamera, encoded
-from tiny_videos import bar_video, write_any
+from tiny_videos import bar_video, write_8k, write_any
 
 from ca3d.watch.credentials import Credentials
 from ca3d.watch.feed import Feed
@@ -90,8 +90,7 @@ def test_a_decoder_that_hangs_is_killed(tmp_path, clip_file):
 
 def test_frames_too_large_for_the_memory_limit(tmp_path):
     """A small file whose frames are huge; with more memory it is read."""
-    images = np.zeros((1, 4320, 7680, 3), dtype=np.uint8)
-    path = write_any(tmp_path / "8k.mkv", images, codec="mjpeg", pix_fmt="yuvj420p")
+    path = write_8k(tmp_path / "8k.mkv")
     last = DecoderProcess(request(path, memory_mb=32)).run(lambda message: None)
     assert last.kind == "failed"
     assert "need more than the 32 MB" in last.text
