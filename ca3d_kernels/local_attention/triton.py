@@ -45,7 +45,9 @@ def _largest(parts: int, head_dim: int, options: Options, *, backward: bool) -> 
     if parts == 1:
         # Products outside of the tensor cores need many.
         return 16 if head_dim > 64 else 32
-    return 32 if head_dim > 64 or (options.key_table and backward) else 64
+    # Each of these takes registers that 64 rows would need.
+    reasons = (backward, bool(options.key_table), head_dim > 64)
+    return 32 if sum(reasons) > 1 else 64
 
 
 def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launch:

@@ -38,6 +38,19 @@ def _address(table, field: tl.constexpr, kind: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
+def _elements(CHUNK: tl.constexpr, PARAM: tl.constexpr, PRE_PARAM: tl.constexpr):
+    """0 .. CHUNK - 1, of which a thread takes 16 bytes of theta at a time.
+
+    Left to itself the compiler takes 16 bytes of w: of a wider theta each access would then reach
+    half of every sector.
+    """
+    i = tl.arange(0, CHUNK)
+    if PARAM != PRE_PARAM:
+        i = tl.max_contiguous(i, 4)
+    return i
+
+
+@triton.jit
 def _words(chunks, random, at, COUNT: tl.constexpr):
     """Random words of the elements `at` .. `at` + COUNT - 1 of this program's chunk.
 
@@ -197,7 +210,7 @@ def preparam_sgd_step(
     r = _address(chunks, _COMPENSATION, PRE_PARAM, ALIGNED)
     count = _field(chunks, _COUNT).to(tl.int32)
     bulk = count // _STEP * _STEP
-    i = tl.arange(0, CHUNK)
+    i = _elements(CHUNK, PARAM, PRE_PARAM)
     words = _words(chunks, random, 0, CHUNK) if ROUNDING == "stochastic" else 0
     _step_elements(
         w, g, theta, m, r, words, i, i < bulk, hyper,
@@ -226,7 +239,7 @@ def preparam_sgd_overflows(
     r = _address(chunks, _COMPENSATION, PRE_PARAM, ALIGNED)
     count = _field(chunks, _COUNT).to(tl.int32)
     bulk = count // _STEP * _STEP
-    i = tl.arange(0, CHUNK)
+    i = _elements(CHUNK, PARAM, PRE_PARAM)
     found = _not_finite(
         g, g, theta, m, r, i, i < bulk, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,

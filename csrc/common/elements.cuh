@@ -1,6 +1,8 @@
 // Elements of any stored type, read and written one by one or 16 bytes at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.h"
 #include "common/dtype.h"
 
@@ -44,26 +46,32 @@ __device__ __forceinline__ void narrow(double x, double* to) {
   *to = x;
 }
 
-// 16 bytes of elements, as they lie in memory and in registers.
-template <class Stored>
+// Elements of one access, as they lie in memory and in registers: 16 bytes, or 8 of the narrower of
+// two types that are moved together.
+template <class Stored, int kCount>
 union Vector {
-  uint4 bytes;
-  Stored element[kVectorWidth<Stored>];
+  static_assert(kCount * sizeof(Stored) == 16 || kCount * sizeof(Stored) == 8, "a whole access");
+  std::conditional_t<kCount * sizeof(Stored) == 16, uint4, uint2> bytes;
+  Stored element[kCount];
 };
 
-// Copies kWidth elements from or to memory: one, or whole vectors at an address that is a multiple
-// of 16.
+// Elements of the widest access that moves kWidth of them.
+template <class Stored, int kWidth>
+constexpr int kAccessWidth = kWidth < kVectorWidth<Stored> ? kWidth : kVectorWidth<Stored>;
+
+// Copies kWidth elements from or to memory: one, or whole accesses at an address that is a multiple
+// of their size.
 template <int kWidth, class Stored>
 __device__ __forceinline__ void read(const Stored* from, Stored* to) {
   if constexpr (kWidth == 1) {
     *to = *from;
   } else {
-    constexpr int kCount = kVectorWidth<Stored>;
-    static_assert(kWidth % kCount == 0, "whole vectors");
+    constexpr int kCount = kAccessWidth<Stored, kWidth>;
+    static_assert(kWidth % kCount == 0, "whole accesses");
 #pragma unroll
     for (int i = 0; i < kWidth; i += kCount) {
-      Vector<Stored> vector;
-      vector.bytes = *reinterpret_cast<const uint4*>(from + i);
+      Vector<Stored, kCount> vector;
+      vector.bytes = *reinterpret_cast<const decltype(vector.bytes)*>(from + i);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) to[i + j] = vector.element[j];
     }
@@ -75,14 +83,14 @@ __device__ __forceinline__ void write(Stored* to, const Stored* from) {
   if constexpr (kWidth == 1) {
     *to = *from;
   } else {
-    constexpr int kCount = kVectorWidth<Stored>;
-    static_assert(kWidth % kCount == 0, "whole vectors");
+    constexpr int kCount = kAccessWidth<Stored, kWidth>;
+    static_assert(kWidth % kCount == 0, "whole accesses");
 #pragma unroll
     for (int i = 0; i < kWidth; i += kCount) {
-      Vector<Stored> vector;
+      Vector<Stored, kCount> vector;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) vector.element[j] = from[i + j];
-      *reinterpret_cast<uint4*>(to + i) = vector.bytes;
+      *reinterpret_cast<decltype(vector.bytes)*>(to + i) = vector.bytes;
     }
   }
 }

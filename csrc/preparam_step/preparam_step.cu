@@ -1,9 +1,10 @@
 // CUDA kernels of the pre-parameter SGD step: the step, and the question whether it would overflow.
 //
 // A block takes one chunk of one tensor, which it finds in the table of its argument. Where all
-// tensors of the chunk begin at multiples of 16 bytes, threads take 16 bytes of w and g at a time,
-// and the last elements one by one. Products and sums are rounded one by one, never fused, so that
-// every backend gives the same bits.
+// tensors of the chunk begin at multiples of 16 bytes, threads take 16 bytes of theta at a time,
+// and as many elements of w and g (8 bytes where these are narrower), and the last elements one by
+// one. Products and sums are rounded one by one, never fused, so that every backend gives the same
+// bits.
 #include "common/cuda.h"
 #include "common/elements.cuh"
 #include "common/philox.cuh"
@@ -124,7 +125,9 @@ struct Kernel {
   using Real = Computed<PreParam>;
   using Arguments = PreParamArguments<Real, kTensors>;
   using Part = Chunk<Param, PreParam>;
-  static constexpr int kVector = kVectorWidth<Param>;
+  // 16 bytes of theta; w and g may be narrower. Neighbouring threads take neighbouring vectors, so
+  // that every sector moves once.
+  static constexpr int kVector = kVectorWidth<PreParam>;
   static constexpr bool kCompensates = Rounding::kCompensates;
 
   static __device__ Part locate(const Arguments& a) {

@@ -193,6 +193,10 @@ def test_step(
         # Each thread reads found_inf, too.
         assert moved["ld_bytes"] - 4 * 256 * plan["grid"][0] * (not overflows) <= 1.05 * read
         assert moved["st_bytes"] == written
+        if overflows:
+            assert moved["ld_sectors"] * 32 <= 1.1 * moved["ld_bytes"]
+        else:
+            assert moved["st_sectors"] * 32 <= 1.1 * moved["st_bytes"]
     assert found.item() == 0
     ReferenceKernels().step(reference)
     for x, y in zip(ours.written(), reference.written(), strict=True):

@@ -73,6 +73,7 @@ ATTENTION = {
     "one frame": {"frames": 1, "heads": 3},
     "16 frames, dilated, shifted": {"frames": 16, "dilation": 2, "edge": "shift"},
     "64 frames": {"frames": 64, "heads": 1},
+    "64 frames, head_dim 128": {"frames": 64, "heads": 1, "head_dim": 128},
     "100 frames, causal": {"frames": 100, "heads": 1, "causal": True, "dilation": 2},
     "60 frames, head_dim 20": {"frames": 60, "heads": 1, "head_dim": 20, "edge": "zero"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -263,11 +264,13 @@ def test_traffic_of_the_projection() -> None:
     assert 32 * (found[1].sectors - found[0].sectors) <= 1.1 * least
 
 
-def test_traffic_of_the_step() -> None:
+@pytest.mark.parametrize("wide", ["float16", "float32"])
+def test_traffic_of_the_step(wide: str) -> None:
     values = {**problems.DEFAULTS["preparam_step"], "small_tensors": 0, "large_tensors": 1}
-    batch = shared_step({**values, "large_size": 16384})
+    batch = shared_step({**values, "large_size": 16384, "pre_param_dtype": wide})
     found = shared(torch.zeros(()))
-    for overflows, per_element in ((True, 6), (False, 12)):
+    size = batch.pre_params[0].element_size()
+    for overflows, per_element in ((True, 2 + 2 * size), (False, 4 + 4 * size)):
         (launch,) = step.launches(batch, found, overflows=overflows)
         share([launch])
         # Not bytes: a number that all threads read is one sector, but counted once a thread.

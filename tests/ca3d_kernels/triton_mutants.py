@@ -1,4 +1,4 @@
-"""Mistakes in the attention's Triton kernels that the parity checks must notice.
+"""Mistakes in the Triton kernels that the parity checks must notice.
 
 Not collected by itself: `test_triton_interpreter.py` runs it in a process of its own, with Triton's
 interpreter. Each mistake is made in a copy of the kernels' file, which then takes their place.
@@ -15,10 +15,12 @@ import qkv_cases
 import torch
 from attention_cases import Problem
 from qkv_cases import Case
+from step_cases import assert_same_bits, parameters, set_gradients
 from triton.runtime.errors import InterpreterError
 
-from ca3d_kernels import use_backend
+from ca3d_kernels import PreParamSGD, use_backend
 from ca3d_kernels.local_attention import triton as attention
+from ca3d_kernels.preparam_step import triton as step
 from ca3d_kernels.qkv_attention import triton as qkv
 
 HALF = torch.float16
@@ -26,6 +28,7 @@ HALF = torch.float16
 ATTENTION = (attention, "triton_kernels")
 QKV = (qkv, "triton_kernels")
 TABLE = (qkv, "triton_table_kernels")
+STEP = (step, "triton_kernels")
 
 PLAIN = Problem(frames=7, heads=3, lead=(5,), dtype=HALF)
 ONE_HEAD = Problem(frames=7, heads=1, lead=(5,), dtype=HALF)
@@ -39,13 +42,20 @@ FUSED_LONG = Case(frames=20, head_dim=16, heads=1, positions=2)
 FUSED_TABLE = Case(frames=7, head_dim=16, heads=4, edge="zero", table="published")
 
 
+class Step(NamedTuple):
+    """A step of two tensors, and whether a flag forbids it."""
+
+    rounding: str = "nearest"
+    forbidden: bool = False
+
+
 class Mutant(NamedTuple):
     """The right text, which occurs once, the mistake, and what notices it."""
 
     file: tuple[ModuleType, str]
     right: str
     wrong: str
-    problem: Problem | Case
+    problem: Problem | Case | Step
 
 
 MUTANTS = {
@@ -137,19 +147,53 @@ MUTANTS = {
         "kept = (head < heads)",
         FUSED_TABLE,
     ),
+    "step: the last elements forgotten": Mutant(
+        STEP,
+        "    if bulk < count:\n        last = bulk + tl.arange(0, _STEP)\n        last_words",
+        "    if bulk > count:\n        last = bulk + tl.arange(0, _STEP)\n        last_words",
+        Step(),
+    ),
+    "step: a flag passed over": Mutant(
+        STEP, "if tl.load(found_inf) != 0:", "if tl.load(found_inf) == 2:", Step(forbidden=True)
+    ),
+    "step: the same draw for theta and momentum": Mutant(
+        STEP, "high = (words >> 16)", "high = (words & 0xFFFF)", Step("stochastic")
+    ),
+    "step: what was lost is not added": Mutant(
+        STEP, "total = b_theta + b_r", "total = b_theta", Step("compensated")
+    ),
 }
 
 
-def check(problem: Problem | Case) -> None:
+def check_step(problem: Step) -> None:
+    results = []
+    for backend in ("triton", "reference"):
+        params = parameters(HALF, (37, 4100))
+        optimizer = PreParamSGD(
+            params, lr=0.1, momentum=0.9, weight_decay=0.5, rounding=problem.rounding,
+            backend=backend,
+        )  # fmt: skip
+        for number in range(3):
+            set_gradients(params, seed=number)
+            flag = torch.tensor(float(problem.forbidden and number == 1))
+            optimizer.step(found_inf=flag)
+        results.append([x for w in params for x in (w, *optimizer.state[w].values())])
+    for x, y in zip(*results, strict=True):
+        assert_same_bits(x, y)
+
+
+def check(problem: Problem | Case | Step) -> None:
     with use_backend("triton", fallback=False):
-        if isinstance(problem, Case):
+        if isinstance(problem, Step):
+            check_step(problem)
+        elif isinstance(problem, Case):
             qkv_cases.check(problem, HALF, "triton")
         else:
             attention_cases.check(problem, "triton")
 
 
 @pytest.mark.parametrize("problem", sorted({m.problem for m in MUTANTS.values()}, key=str), ids=str)
-def test_the_kernels_are_right(problem: Problem | Case) -> None:
+def test_the_kernels_are_right(problem: Problem | Case | Step) -> None:
     check(problem)
 
 
@@ -167,5 +211,7 @@ def test_mistakes_are_noticed(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(launcher, attribute, mutant)
-    with pytest.raises((AssertionError, InterpreterError), match=r"error|ulp|finite|out of bounds"):
+    with pytest.raises(
+        (AssertionError, InterpreterError), match=r"error|ulp|finite|out of bounds|differ"
+    ):
         check(problem)

@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.multiprocessing
 from attention_cases import backends_here
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from ca3d_kernels import (
@@ -269,6 +270,21 @@ def test_export() -> None:
     assert "ca3d.local_attention_packed.default" in targets
     for x in (example, torch.randn(5, 8, 9, 3, 3, dtype=torch.float64)):
         torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fake_tensors_of_a_gpu(packed: bool) -> None:
+    # The engine of autograd asks for a device: its formulas are in the tests on the CPU.
+    name = "local_attention_packed" if packed else "local_attention"
+    shape = (2, 49, 4, 3, 8, 64) if packed else (2, 49, 4, 8, 64)
+    with FakeTensorMode():
+        x = torch.empty(shape, dtype=torch.float16, device="cuda")
+        inputs = [x] if packed else [x, x, x]
+        o = getattr(torch.ops.ca3d, name)(*inputs, *op.Options())
+        assert (o.shape, o.dtype, o.device.type) == ((2, 49, 4, 8, 64), torch.float16, "cuda")
+        gradients = getattr(torch.ops.ca3d, f"{name}_backward")(o, *inputs, *op.Options())
+        for y in [gradients] if packed else gradients:
+            assert (y.shape, y.dtype, y.device.type) == (shape, torch.float16, "cuda")
 
 
 def test_fake_results_have_the_strides_of_real_ones() -> None:

@@ -8,7 +8,7 @@ import torch
 from step_cases import DTYPES, assert_same_bits, parameters, set_gradients
 from torch import Tensor, nn
 
-from ca3d_kernels import LinearMapping, PreParamSGD, UnsupportedInputError, use_backend
+from ca3d_kernels import LinearMapping, PreParamSGD, UnsupportedInputError, cuda, use_backend
 from ca3d_kernels.preparam_step import op
 from ca3d_kernels.preparam_step import triton as step
 from ca3d_kernels.preparam_step.reference import Hyperparameters
@@ -127,11 +127,25 @@ def test_tables_are_kept_until_an_address_changes() -> None:
     tables = step.launches(first, None)[0].arguments
     again = step.launches(first._replace(hyper=Hyperparameters(0.2)), None)[0].arguments
     assert again["chunks"] is tables["chunks"]
-    # The same memory with another number in it: what a captured step reads.
-    assert again["hyper"] is tables["hyper"]
-    assert again["hyper"][0] == 0.2
+    assert (tables["hyper"][0], again["hyper"][0]) == (0.1, 0.2)
     moved = step.launches(first._replace(grads=[x.clone() for x in w]), None)[0].arguments
     assert moved["chunks"] is not tables["chunks"]
+
+
+def test_a_capture_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = batch([torch.zeros(5000)])
+    tables = step.launches(first, None)[0].arguments
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
+    captured = step.launches(first, None)[0].arguments
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
+    again = step.launches(first, None)[0].arguments
+    assert first.cache is not None
+    sources = first.cache["uploads"].captured
+    for name in ("chunks", "hyper"):
+        assert again[name] is tables[name]
+        assert torch.equal(captured[name], tables[name])
+        assert any(torch.equal(x, captured[name]) for x in sources)
+    assert captured["chunks"] is not tables["chunks"]
 
 
 def test_refusals() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from step_cases import assert_same_bits, bits
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ca3d_kernels import backends
 from ca3d_kernels.preparam_step import op
@@ -66,6 +67,21 @@ def test_backends_agree(momentum: bool, rounding: str) -> None:
     for a, b in zip(ours[:5], theirs[:5], strict=True):
         for x, y in zip(a, b, strict=True):
             assert_same_bits(x, y)
+
+
+def test_fake_tensors_of_a_gpu() -> None:
+    with FakeTensorMode() as mode:
+        given = [
+            [mode.from_tensor(x).to("cuda") for x in value]
+            if isinstance(value, list)
+            else mode.from_tensor(value)
+            if isinstance(value, Tensor)
+            else value
+            for value in arguments()
+        ]
+        assert STEP(*given) is None
+        found = OVERFLOWS(*given)
+        assert (found.shape, found.dtype, found.device.type) == ((), torch.float32, "cuda")
 
 
 def test_compile() -> None:
