@@ -19,7 +19,7 @@ from ca3d.training import checkpoint, fine_tuning, plots
 from ca3d.training.config import TrainConfig
 from ca3d.training.datasets import Data, prepare_data
 from ca3d.training.device import choose_device
-from ca3d.training.diagnosis import first_nonfinite
+from ca3d.training.diagnosis import first_nonfinite, last_nonfinite_gradient
 from ca3d.training.interrupt import SignalGuard, StoppedError
 from ca3d.training.loader import Batch, default_workers, epoch_batches, load_batches
 from ca3d.training.logs import MetricsLog, Row
@@ -252,10 +252,13 @@ class Trainer:
             at.loss_sum += value * len(batch)
             at.correct += int((logits.detach().argmax(1) == labels).sum())
             at.count += len(batch)
+        overflowed = "a gradient"
         if finite and used:
             if used != planned:
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
                 torch._foreach_mul_(gradients, planned / used)
+            if at.skipped_in_row + 1 >= self.config.max_skipped:  # a step would clear them
+                overflowed = last_nonfinite_gradient(self.model) or overflowed
             finite = self.regime.step(
                 self.optimizer, self.parameters, self.config.clip_norm
             ).applied
@@ -270,7 +273,7 @@ class Trainer:
         at.skipped += 1
         at.skipped_in_row += 1
         if at.skipped_in_row >= self.config.max_skipped:
-            where = "a gradient"
+            where = overflowed
             if bad_clips is not None:
                 where = f"the output of {first_nonfinite(self.model, self.regime, bad_clips)}"
             raise UserError(
