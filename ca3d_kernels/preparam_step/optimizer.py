@@ -421,6 +421,11 @@ class PreParamSGD(Optimizer):
                     f"state_dict holds pre-parameters of {saved['mapping']} in group {i}, "
                     f"this optimizer has {group['mapping']!r}"
                 )
+            if saved["pre_param_dtype"] != group["pre_param_dtype"]:
+                raise ValueError(
+                    f"state_dict holds pre-parameters of dtype {saved['pre_param_dtype']} in group "
+                    f"{i}, this optimizer has {group['pre_param_dtype']}"
+                )
             groups.append({**saved, "mapping": group["mapping"]})
             for key, param in zip(saved["params"], group["params"], strict=False):
                 for name, value in state_dict["state"].get(key, {}).items():

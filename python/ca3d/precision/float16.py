@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ca3d.precision.regime import Regime, Step, total_norm
+from ca3d.errors import UserError
+from ca3d.precision.regime import Regime, Step, check_clips, total_norm
 from ca3d_kernels import LinearMapping, PreParamMapping, PreParamSGD, published_mapping
 from ca3d_kernels.half_storage import HalfStorage, half_storage
 
@@ -86,7 +87,18 @@ class Float16(Regime):
         return float(getattr(self.mapping, "loss_factor", 1.0))
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Converts all floating-point tensors of the model to float16."""
+        """Converts all floating-point tensors of the model to float16.
+
+        Raises:
+            ca3d.errors.UserError: A value is beyond float16's range.
+        """
+        for name, x in model.state_dict().items():
+            if x.is_floating_point() and bool((x.half().isinf() & x.isfinite()).any()):
+                raise UserError(
+                    f"{name} holds values up to {float(x.abs().max()):.3g}, and float16 holds "
+                    f"none beyond {torch.finfo(torch.float16).max:.0f}: precision {self.name} "
+                    "can't store this model"
+                )
         return model.half()
 
     def autocast(self, device_type: str) -> AbstractContextManager[Any]:
@@ -95,6 +107,7 @@ class Float16(Regime):
 
     def forward(self, model: nn.Module, clips: Tensor) -> Tensor:
         """Runs the model on clips rounded to float16; returns float16 logits."""
+        check_clips(clips)
         with self.autocast(clips.device.type):
             return model(clips.half())
 

@@ -128,13 +128,17 @@ class Regime:
         Raises:
             ValueError: An unknown kind.
         """
+        made: torch.optim.Optimizer
         if kind == "sgd":
-            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if kind == "adamw":
-            return torch.optim.AdamW(
+            made = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        elif kind == "adamw":
+            made = torch.optim.AdamW(
                 parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
             )
-        raise ValueError(f"optimizer must be sgd or adamw, not {kind!r}")
+        else:
+            raise ValueError(f"optimizer must be sgd or adamw, not {kind!r}")
+        made.register_load_state_dict_pre_hook(_refuse_pre_parameters)
+        return made
 
     def step(
         self,
@@ -168,6 +172,31 @@ class Regime:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
+
+
+def check_clips(clips: Tensor) -> None:
+    """Refuses clips that a cast to float16 would make look like normalised ones.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+
+    Example:
+        >>> check_clips(torch.zeros(1, dtype=torch.uint8))
+        Traceback (most recent call last):
+        TypeError: clips must be a floating-point tensor (normalised), got torch.uint8
+    """
+    if not clips.is_floating_point():
+        raise TypeError(f"clips must be a floating-point tensor (normalised), got {clips.dtype}")
+
+
+def _refuse_pre_parameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """torch would take such a state and start from momenta of zero."""
+    for i, group in enumerate(state["param_groups"]):
+        if "mapping" in group:
+            raise ValueError(
+                f"state_dict holds pre-parameters of {group['mapping']} in group {i}, which "
+                f"{type(optimizer).__name__} has no use for: resume in the regime that saved it"
+            )
 
 
 def total_norm(gradients: Sequence[Tensor]) -> float:

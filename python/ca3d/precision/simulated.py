@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
 
-from ca3d.precision.regime import Float32
+from ca3d.precision.regime import Float32, check_clips
 from ca3d_kernels.half_storage import HalfStorage
 
 __all__ = ["FakeQuant", "PtqFloat16", "rounded"]
@@ -59,6 +59,7 @@ class FakeQuant(Float32):
 
     def forward(self, model: nn.Module, clips: Tensor) -> Tensor:
         """Runs the model with rounded weights and activations; returns float32 logits."""
+        check_clips(clips)
         weights = {name: rounded(p) for name, p in model.named_parameters()}
         with _rounding_outputs():
             logits: Tensor = functional_call(model, weights, (rounded(clips),))
@@ -94,6 +95,7 @@ class PtqFloat16(Float32):
         """Runs the model in float32 in training, cast to float16 in evaluation."""
         if model.training:
             return super().forward(model, clips)
+        check_clips(clips)
         cast = {
             name: x.half() if x.is_floating_point() else x for name, x in model.state_dict().items()
         }

@@ -52,3 +52,26 @@ def first_nonfinite(model: nn.Module, regime: Regime, clips: Tensor) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "the loss"
+
+
+def last_nonfinite_gradient(model: nn.Module) -> str | None:
+    """Names the parameter nearest to the loss whose gradient holds an infinity or NaN.
+
+    The backward pass begins there: what is not finite spreads from it to the layers in front.
+
+    Args:
+        model: A model with gradients.
+
+    Returns:
+        "the gradient of NAME", or None where all are finite.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> layer.bias.grad = torch.tensor([float("nan")])
+        >>> last_nonfinite_gradient(layer)
+        'the gradient of bias'
+    """
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f"the gradient of {name}"
+    return None

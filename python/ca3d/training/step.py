@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ca3d.errors import UserError
 from ca3d.precision import Regime
 from ca3d.training.config import TrainConfig
-from ca3d.training.diagnosis import first_nonfinite
+from ca3d.training.diagnosis import first_nonfinite, last_nonfinite_gradient
 from ca3d.training.distributed import World
 from ca3d.training.interrupt import SignalGuard
 from ca3d.training.loader import Batch
@@ -110,12 +110,15 @@ class Stepper:
             at.loss_sum += value * clips
             at.correct += correct
             at.count += clips
+        overflowed = "a gradient"
         if finite and used:
             if not summed:
                 self.world.sum_gradients(self.parameters)
             if used != planned:
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
                 torch._foreach_mul_(gradients, planned / used)
+            if at.skipped_in_row + 1 >= self.config.max_skipped:  # a step would clear them
+                overflowed = last_nonfinite_gradient(self.model) or overflowed
             step = self.regime.step(self.optimizer, self.parameters, self.config.clip_norm)
             finite = step.applied
         if finite:
@@ -129,7 +132,7 @@ class Stepper:
         at.skipped += 1
         at.skipped_in_row += 1
         if at.skipped_in_row >= self.config.max_skipped:
-            self._give_up(at, rate, bad_clips)
+            self._give_up(at, rate, overflowed, bad_clips)
 
     def _clips(self, batch: Batch) -> tuple[int, float]:
         """Returns the clips of a batch over all processes and this one's weight in its loss; no
@@ -160,8 +163,10 @@ class Stepper:
                 at.broken.append(message)
                 self.reporter.message(f"skipped: {message}")
 
-    def _give_up(self, at: Progress, rate: float, bad_clips: Tensor | None) -> None:
-        where = "a gradient"
+    def _give_up(
+        self, at: Progress, rate: float, overflowed: str, bad_clips: Tensor | None
+    ) -> None:
+        where = overflowed
         if bad_clips is not None and self.world.size == 1:
             where = f"the output of {first_nonfinite(self.model, self.regime, bad_clips)}"
         elif bad_clips is not None:

@@ -32,12 +32,12 @@ def tiny() -> CA3D:
     return model
 
 
-def batches() -> Iterator[tuple[Tensor, Tensor]]:
+def batches(size: int) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(6) % 3
-    patterns = torch.randn(3, 3, 4, 32, 32, generator=generator)[labels]
+    patterns = torch.randn(3, 3, 4, size, size, generator=generator)[labels]
     for _ in range(STEPS):
-        yield patterns + torch.randn(6, 3, 4, 32, 32, generator=generator), labels
+        yield patterns + torch.randn(6, 3, 4, size, size, generator=generator), labels
 
 
 # ---- the optimizer: bit for bit ----
@@ -99,7 +99,7 @@ def test_the_optimizer_is_equal_bit_for_bit(name: str) -> None:
         "sgd", parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
     simulated = SimulatedSGD([p.detach() for p in parameters], regime)
-    for clips, labels in batches():
+    for clips, labels in batches(16):
         regime.backward(regime.loss(regime.forward(model, clips), labels))
         expected = simulated.step([p.grad.clone() for p in parameters if p.grad is not None])
         assert regime.step(optimizer, parameters).applied
@@ -289,7 +289,7 @@ def test_forward_and_backward_are_equal_within_a_bound() -> None:
     losses = []
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, model, largest)
-        for clips, labels in batches():
+        for clips, labels in batches(32):
             loss = regime.loss(regime.forward(model, clips), labels)
             regime.backward(loss)
             losses.append(float(loss.detach()))

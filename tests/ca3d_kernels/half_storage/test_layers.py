@@ -65,7 +65,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Conv3d, same": (lambda: nn.Conv3d(8, 6, 3, padding="same"), VIDEO),
     "ConvTranspose3d": (lambda: nn.ConvTranspose3d(8, 4, 2, stride=2), VIDEO),
     "Conv3d, then ReLU in place": (
-        lambda: nn.Sequential(nn.Conv3d(8, 5, 3, bias=False), nn.BatchNorm3d(5), nn.ReLU(inplace=True)), VIDEO
+        lambda: nn.Sequential(
+            nn.Conv3d(8, 5, 3, bias=False), nn.BatchNorm3d(5), nn.ReLU(inplace=True)
+        ),
+        VIDEO,
     ),
     "Linear": (lambda: nn.Linear(8, 5), TOKENS),
     "Bilinear": (lambda: Function(lambda x: F.bilinear(x, x, torch.ones(3, 8, 8).to(x))), TOKENS),
