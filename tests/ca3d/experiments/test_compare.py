@@ -126,8 +126,8 @@ def test_preset_can_be_cut_down_but_not_changed() -> None:
     ("options", "message"),
     [
         ({"data": ""}, "DATA must name"),
-        ({"models": "ca4d"}, "'ca4d' is not known"),
-        ({"regimes": "float8"}, "'float8' is not known"),
+        ({"models": "ca4d"}, "--models: 'ca4d' is none of"),
+        ({"regimes": "float8"}, "--regimes: 'float8' is none of"),
         ({"controls": "frames"}, "is not held in memory"),
         ({"seeds": 0}, "--seeds must be at least 1"),
         ({"reference": "i3d"}, "--reference i3d is not among"),
