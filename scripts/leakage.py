@@ -1,7 +1,7 @@
 """Shows what a random split over clips measures: one model, the same clips, two splits.
 
-Renders recordings, each a still scene of its own under a moving spot, cut into clips. The class of a
-recording is drawn at random, so that a class means nothing but "these recordings": on unseen
+Renders recordings, each a still scene of its own under a moving spot, cut into clips. The class of
+a recording is drawn at random, so that a class means nothing but "these recordings": on unseen
 recordings no model can do better than chance. Whatever a split shows beyond that is its leak.
 
     python scripts/leakage.py [--out FOLDER] [--recordings 16] [--clips 10] [--epochs 8]
