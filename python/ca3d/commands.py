@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ca3d.experiments.results_study import ResultsConfig
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
+    from ca3d.results import ResultsConfig
     from ca3d.training.config import TrainConfig
 
 
@@ -77,9 +78,12 @@ def evaluate(config: EvalConfig) -> None:
         config: The options.
     """
     from ca3d.evaluate import evaluate as run
+    from ca3d.training.distributed import is_first
 
     _log_warnings()
     result = run(config)
+    if not is_first():
+        return
     if config.json:
         print(_json(result.to_dict()))
         return
@@ -89,6 +93,24 @@ def evaluate(config: EvalConfig) -> None:
         print(f"left out: {message}", file=sys.stderr)
     if config.out is not None:
         print(f"figures, predictions and confusion matrix: {config.out}")
+
+
+def results(config: ResultsConfig) -> None:
+    """Prints a table of test figures.
+
+    Args:
+        config: The options.
+    """
+    from ca3d import results as tables
+    from ca3d.training.logs import as_csv
+
+    rows = tables.table([tables.read(run) for run in config.runs])
+    if config.format == "json":
+        print(_json(rows))
+    elif config.format == "csv":
+        print(as_csv(rows), end="")
+    else:
+        print(tables.as_markdown(rows))
 
 
 def predict(config: PredictConfig) -> int:

@@ -163,6 +163,8 @@ class EvalResult:
 def evaluate(config: EvalConfig) -> EvalResult:
     """Classifies every video of a split and counts.
 
+    Processes that torchrun started share the videos; each is classified once.
+
     Args:
         config: The options; see `EvalConfig`.
 
@@ -181,8 +183,9 @@ def evaluate(config: EvalConfig) -> EvalResult:
     from ca3d.data.folder import VideoFolder
     from ca3d.predict import check_complete, clip_spec
     from ca3d.training.device import choose_device
+    from ca3d.training.distributed import connect
     from ca3d.training.loader import default_workers
-    from ca3d.training.scoring import score
+    from ca3d.training.scoring import merge, score
 
     config.validate()
     file = weights_file(config.weights)
@@ -208,16 +211,19 @@ def evaluate(config: EvalConfig) -> EvalResult:
     if not len(dataset):
         raise UserError(f"{config.data}: no videos in split {config.split!r}")
     regime = precision.for_inference(info.precision)
-    scores = score(
-        regime.prepare(model),
-        regime,
-        dataset,
-        len(info.classes),
-        batch_size=config.batch_size,
-        workers=default_workers() if config.workers is None else config.workers,
-        device=device,
-        average=config.average,
-    )
+    with connect(device) as world:
+        own = score(
+            regime.prepare(model),
+            regime,
+            dataset,
+            len(info.classes),
+            places=world.share(range(len(dataset))),
+            batch_size=config.batch_size,
+            workers=default_workers() if config.workers is None else config.workers,
+            device=device,
+            average=config.average,
+        )
+        scores = merge(world.gather(own))
     if not scores.metrics.count:
         raise UserError(f"{config.data}: none of the {len(dataset)} videos could be read")
     result = EvalResult.of_scores(
@@ -234,7 +240,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         protocol=protocol,
         missing=len(dataset.missing),
     )
-    if config.out is not None:
+    if config.out is not None and world.is_first:
         result.save(config.out)
     return result
 

@@ -201,11 +201,33 @@ def connect(device: torch.device, ordered: bool = False) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    dist.init_process_group(
+        backend, store=_of_this_life(store), rank=rank, world_size=size, timeout=_TIMEOUT
+    )
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), ordered)
+        yield World(rank, size, ordered)
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"process {rank}: another process of the run has ended; torchrun --max-restarts starts"
+            " all of them again, and --resume auto goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _of_this_life(store: dist.Store) -> dist.Store:
+    """Keeps processes that torchrun started again from the addresses that the dead have left.
+
+    The agent's store outlives them (pytorch/pytorch#135712). Several agents count restarts each
+    for itself; there the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return store
 
 
 def processes() -> int:
