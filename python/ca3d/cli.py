@@ -50,6 +50,8 @@ COMMANDS = (
         (
             "ca3d train my_videos --out runs/mine",
             "ca3d train my_videos --out runs/mine --resume auto",
+            "ca3d train UCF-101 --dataset ucf101 --fold 1 --split-files ucfTrainTestlist",
+            "torchrun --nproc-per-node 2 -m ca3d train my_videos --out runs/mine --sync-bn",
             "ca3d train my_videos --init-from runs/mine --freeze '(?!classifier)' --out runs/head",
             "ca3d train --config runs/mine/config.yaml --lr 0.005 --out runs/faster",
         ),
@@ -63,6 +65,16 @@ COMMANDS = (
             "ca3d eval runs/mine my_videos",
             "ca3d eval runs/mine my_videos --clips 10 --crops 3 --out results",
             "ca3d eval runs/mine long_videos --untrimmed",
+        ),
+    ),
+    Command(
+        "results",
+        "ca3d.results:ResultsConfig",
+        "results",
+        "put the test figures of several runs into one table",
+        (
+            "ca3d results runs/ucf101-*",
+            "ca3d results runs/ucf101-1 runs/ucf101-2 runs/ucf101-3 --format csv",
         ),
     ),
     Command(
@@ -191,7 +203,7 @@ COMMANDS = (
     ),
     Command(
         "study results",
-        "ca3d.experiments.results_study:ResultsConfig",
+        "ca3d.experiments.results_study:ResultsStudyConfig",
         "study_results",
         "compare small models at equal multiply-adds, with controls",
         (
@@ -434,7 +446,7 @@ def _add_options(parser: Any, config: type, config_action: Any) -> None:
             name = field.name.upper()
             parser.add_argument(
                 field.name,
-                nargs="?",
+                nargs=about["count"] or "?",
                 type=str,
                 default=argparse.SUPPRESS,
                 metavar=name,
@@ -525,6 +537,7 @@ def _check_required(name: str, config: Any) -> None:
         "data check": ("data",),
         "data cache": ("data",),
         "data split": ("data",),
+        "results": ("runs",),
     }
     missing = [key for key in required.get(name, ()) if not getattr(config, key)]
     if missing:

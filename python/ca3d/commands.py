@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from ca3d.experiments.claims_study import ClaimsConfig
     from ca3d.experiments.compare import CompareConfig
     from ca3d.experiments.precision_study import PrecisionStudyConfig
-    from ca3d.experiments.results_study import ResultsConfig
+    from ca3d.experiments.results_study import ResultsStudyConfig
     from ca3d.export.options import ExportConfig
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
+    from ca3d.results import ResultsConfig
     from ca3d.training.config import TrainConfig
     from ca3d.watch.calibrate import CalibrateConfig
     from ca3d.watch.options import WatchConfig
@@ -81,12 +82,15 @@ def evaluate(config: EvalConfig) -> None:
         config: The options.
     """
     from ca3d.evaluate import evaluate as run
+    from ca3d.training.distributed import is_first
 
     _log_warnings()
     if config.untrimmed:
         _evaluate_untrimmed(config)
         return
     result = run(config)
+    if not is_first():
+        return
     if config.json:
         print(_json(result.to_dict()))
         return
@@ -107,6 +111,24 @@ def _evaluate_untrimmed(config: EvalConfig) -> None:
         print(f"left out: {message}", file=sys.stderr)
     if config.out is not None:
         print(f"figures and events: {config.out}", file=sys.stderr)
+
+
+def results(config: ResultsConfig) -> None:
+    """Prints a table of test figures.
+
+    Args:
+        config: The options.
+    """
+    from ca3d import results as tables
+    from ca3d.training.logs import as_csv
+
+    rows = tables.table([tables.read(run) for run in config.runs])
+    if config.format == "json":
+        print(_json(rows))
+    elif config.format == "csv":
+        print(as_csv(rows), end="")
+    else:
+        print(tables.as_markdown(rows))
 
 
 def predict(config: PredictConfig) -> int:
@@ -432,7 +454,7 @@ def study_precision(config: PrecisionStudyConfig) -> None:
     print(f"report: {run(config)}")
 
 
-def study_results(config: ResultsConfig) -> None:
+def study_results(config: ResultsStudyConfig) -> None:
     """Compares small models, and says where the report is.
 
     Args:

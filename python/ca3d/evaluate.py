@@ -182,6 +182,8 @@ class EvalResult:
 def evaluate(config: EvalConfig) -> EvalResult:
     """Classifies every video of a split and counts.
 
+    Processes that torchrun started share the videos; each is classified once.
+
     Args:
         config: The options; see `EvalConfig`.
 
@@ -196,6 +198,8 @@ def evaluate(config: EvalConfig) -> EvalResult:
         Traceback (most recent call last):
         ca3d.errors.UserError: missing.safetensors: no such file
     """
+    from ca3d.training.distributed import is_first
+
     scored = score_split(config)
     result = EvalResult.of_scores(
         scored.scores,
@@ -211,7 +215,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         protocol=scored.protocol,
         missing=len(scored.dataset.missing),
     )
-    if config.out is not None:
+    if config.out is not None and is_first():
         result.save(config.out)
     return result
 
@@ -253,8 +257,9 @@ def score_split(config: EvalConfig) -> ScoredSplit:
     from ca3d.data.folder import VideoFolder
     from ca3d.predict import check_complete, clip_spec
     from ca3d.training.device import choose_device
+    from ca3d.training.distributed import connect
     from ca3d.training.loader import default_workers
-    from ca3d.training.scoring import score
+    from ca3d.training.scoring import merge, score
 
     config.validate()
     file = weights_file(config.weights)
@@ -280,16 +285,19 @@ def score_split(config: EvalConfig) -> ScoredSplit:
     if not len(dataset):
         raise UserError(f"{config.data}: no videos in split {config.split!r}")
     regime = precision.for_inference(info.precision)
-    scores = score(
-        regime.prepare(model),
-        regime,
-        dataset,
-        len(info.classes),
-        batch_size=config.batch_size,
-        workers=default_workers() if config.workers is None else config.workers,
-        device=device,
-        average=config.average,
-    )
+    with connect(device) as world:
+        own = score(
+            regime.prepare(model),
+            regime,
+            dataset,
+            len(info.classes),
+            places=world.share(range(len(dataset))),
+            batch_size=config.batch_size,
+            workers=default_workers() if config.workers is None else config.workers,
+            device=device,
+            average=config.average,
+        )
+        scores = merge(world.gather(own))
     if not scores.metrics.count:
         raise UserError(f"{config.data}: none of the {len(dataset)} videos could be read")
     return ScoredSplit(scores, dataset, info, protocol)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ca3d.errors import UserError
 from ca3d.experiments.attention_cost import attention_cost, attention_report
 from ca3d.experiments.comparison_report import Entry, comparison, csv_rows, entries
 from ca3d.experiments.display import Display
@@ -18,8 +17,9 @@ from ca3d.experiments.leakage import leakage_plans, leakage_report
 from ca3d.experiments.markdown import machine, percent, table
 from ca3d.experiments.plan import Plan, run_plan
 from ca3d.experiments.rows import Row, RowFile, read_rows
-from ca3d.experiments.runner import ROWS, RunOptions
+from ca3d.experiments.runner import ROWS
 from ca3d.experiments.statistics import holm, paired_difference
+from ca3d.experiments.study import StudyOptions, check_words, words
 from ca3d.options import option
 from ca3d.training.checkpoint import write_file
 from ca3d.training.logs import write_csv
@@ -162,7 +162,7 @@ RATES = (0.03, 0.1)
 
 
 @dataclass
-class ClaimsConfig:
+class ClaimsConfig(StudyOptions):
     """Every option of `ca3d study claims`.
 
     Raises:
@@ -173,30 +173,18 @@ class ClaimsConfig:
         'full'
     """
 
-    out: str = option("studies/claims", "Folder of the study; the same one goes on")
+    out: str = option("studies/claims", "Folder of the study; the same one goes on", "Study")
     only: str = option(
-        "", "Claims, separated by commas, 'leakage' and 'attention-cost' (default: all)"
+        "", "Claims, separated by commas, 'leakage' and 'attention-cost' (default: all)", "Study"
     )
     scale: Literal["full", "reduced"] = option(
-        "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x16x16, 960"
+        "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x16x16, 960", "Study"
     )
-    seeds: int = option(5, "Seeds of everything; fewer than 5 infer nothing")
-    report: str | None = option(None, "Markdown file of the report (default: in --out)")
-    only_report: bool = option(False, "Train nothing: report what the folder has")
-    jobs: int = option(1, "Runs at a time, one thread each", "Run")
-    budget_hours: float | None = option(
-        None, "CPU-hours, those of former calls included, after which no run is begun", "Run"
-    )
-    progress: Literal["auto", "rich", "plain", "none"] = option("auto", "Progress display", "Run")
 
     def validate(self) -> None:
         """Raises `UserError` for the first option whose value is not allowed."""
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, not {self.seeds}")
-        known = [*(claim.name for claim in CLAIMS), "leakage", "attention-cost"]
-        for name in _words(self.only):
-            if name not in known:
-                raise UserError(f"--only: {name!r} is none of {', '.join(known)}")
+        super().validate()
+        check_words("--only", self.only, [*(claim.name for claim in CLAIMS), "leakage", _COST])
 
 
 def plan_of(claim: Claim, config: ClaimsConfig) -> Plan:
@@ -263,7 +251,6 @@ def run(config: ClaimsConfig) -> Path:
         ca3d.training.interrupt.StoppedError: SIGINT or SIGTERM came; finished runs are kept.
     """
     config.validate()
-    folder = Path(config.out)
     todo = {
         claim.name: (claim, plan_of(claim, config))
         for claim in CLAIMS
@@ -271,9 +258,8 @@ def run(config: ClaimsConfig) -> Path:
     }
     if not config.only_report:
         _run_missing(config, [plan for _, plan in todo.values()])
-    rows = read_rows(folder / ROWS)
-    report = Path(config.report) if config.report else folder / "report.md"
-    report.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(config.folder / ROWS)
+    report = config.report_file
     lines = _lines(config, todo, rows)
     every = [
         {"claim": name, **row}
@@ -287,7 +273,7 @@ def run(config: ClaimsConfig) -> Path:
 
 
 def _asked(config: ClaimsConfig, name: str) -> bool:
-    return name in (_words(config.only) or [name])
+    return name in (words(config.only) or [name])
 
 
 def _leakage(config: ClaimsConfig) -> dict[str, Plan]:
@@ -296,7 +282,7 @@ def _leakage(config: ClaimsConfig) -> dict[str, Plan]:
 
 
 def _run_missing(config: ClaimsConfig, plans: list[Plan]) -> None:
-    options = RunOptions(Path(config.out), config.jobs, config.budget_hours)
+    options = config.run_options
     display = Display(config.progress)
     with RowFile(options.folder / ROWS) as file:
         if _asked(config, _COST) and _COST not in file.rows:
@@ -348,7 +334,3 @@ def _further(config: ClaimsConfig, rows: Mapping[str, Row]) -> list[str]:
         lines += ["", "## attention-cost: local attention is linear in the clip's length", ""]
         lines += attention_report(rows[_COST]["rows"] if _COST in rows else [])
     return lines
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

@@ -19,6 +19,7 @@ from ca3d.experiments.markdown import machine
 from ca3d.experiments.plan import Plan, run_plan
 from ca3d.experiments.rows import Row, read_rows
 from ca3d.experiments.runner import ROWS, RunOptions
+from ca3d.experiments.study import check_words, words
 from ca3d.options import option
 from ca3d.training import TrainConfig
 from ca3d.training.checkpoint import write_file
@@ -134,15 +135,9 @@ class CompareConfig:
             raise UserError("DATA must name a folder of videos or one of the data sets made here")
         if self.seeds < 1:
             raise UserError(f"--seeds must be at least 1, not {self.seeds}")
-        known = models.names()
-        for name in _words(self.models):
-            if name not in known:
-                raise UserError(f"--models: {name!r} is not known; see `ca3d info --models`")
-        for name in _words(self.regimes):
-            precision.create(name)
-        for name in _words(self.controls):
-            if name not in ("frames", "shuffled"):
-                raise UserError(f"--controls must be frames or shuffled, not {name!r}")
+        check_words("--models", self.models, models.names())
+        check_words("--regimes", self.regimes, precision.names())
+        check_words("--controls", self.controls, ("frames", "shuffled"))
         embedded = self.data in maker.names()
         if self.controls and not embedded:
             raise UserError(f"--controls {self.controls}: {self.data} is not held in memory")
@@ -188,7 +183,7 @@ def make_plan(config: CompareConfig) -> Plan:
         given = getattr(config, name)
         return preset.get(name, given) if given == defaults[name] else given
 
-    names = _words(setting("models"))
+    names = words(setting("models"))
     published = {"preset": "published"} if config.preset else {}
     data, recipe = _data(config, setting, preset)
     recipe |= {name: setting(name) for name in ("epochs", "batch_size", "schedule")}
@@ -198,7 +193,7 @@ def make_plan(config: CompareConfig) -> Plan:
     return Plan(
         data=data,
         models={name: published if name.startswith("ca3d") else {} for name in names},
-        regimes=_words(setting("regimes")),
+        regimes=words(setting("regimes")),
         seeds=range(config.seeds),
         recipe={**recipe, "lr": rates[0]},
         own={
@@ -206,7 +201,7 @@ def make_plan(config: CompareConfig) -> Plan:
             for name in names
         },
         rates=rates,
-        controls=_words(config.controls),
+        controls=words(config.controls),
     )
 
 
@@ -285,7 +280,3 @@ def _about(config: CompareConfig, plan: Plan, rows: Mapping[str, Row]) -> list[s
         text = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         lines.append(f"- Learning rates, chosen on validation in {plan.regimes[0]}: {text or '-'}.")
     return lines
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

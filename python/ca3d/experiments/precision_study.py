@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ca3d import models
-from ca3d.errors import UserError
 from ca3d.experiments.cells import Cell
 from ca3d.experiments.display import Display
 from ca3d.experiments.rows import Row
-from ca3d.experiments.runner import RunOptions, run_cells
+from ca3d.experiments.runner import run_cells
+from ca3d.experiments.study import StudyOptions, check_words, words
 from ca3d.options import option
 
 __all__ = ["PrecisionStudyConfig", "Scale", "main_cells", "run", "tuning_cells"]
@@ -88,7 +87,7 @@ SCALES = {
 
 
 @dataclass
-class PrecisionStudyConfig:
+class PrecisionStudyConfig(StudyOptions):
     """Every option of `ca3d study precision`.
 
     Raises:
@@ -99,39 +98,27 @@ class PrecisionStudyConfig:
         'tiny'
     """
 
-    out: str = option("studies/precision", "Folder of the study; the same one goes on")
+    out: str = option("studies/precision", "Folder of the study; the same one goes on", "Study")
     models: str = option(
-        "ca3d_tiny,r3d_tiny,r2plus1d_tiny", "Models, separated by commas; the first goes first"
+        "ca3d_tiny,r3d_tiny,r2plus1d_tiny",
+        "Models, separated by commas; the first goes first",
+        "Study",
     )
     scale: Literal["tiny", "small"] = option(
-        "tiny", "'tiny': 16x16 pixels and some 190 steps; 'small': 32x32 pixels and 1000 steps"
+        "tiny",
+        "'tiny': 16x16 pixels and some 190 steps; 'small': 32x32 pixels and 1000 steps",
+        "Study",
     )
-    seeds: int = option(5, "Seeds of every condition; fewer than 5 infer nothing")
-    report: str | None = option(
-        None, "Markdown file to write the report to, pictures beside it (default: in --out)"
-    )
-    only_report: bool = option(False, "Train nothing: report what the folder has")
-    jobs: int = option(1, "Runs at a time, one thread each", "Run")
-    budget_hours: float | None = option(
-        None, "CPU-hours, those of former calls included, after which no run is begun", "Run"
-    )
-    progress: Literal["auto", "rich", "plain", "none"] = option("auto", "Progress display", "Run")
 
     def validate(self) -> None:
         """Raises `UserError` for the first option whose value is not allowed."""
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, not {self.seeds}")
-        known = list(SCALES[self.scale].models)
-        for name in self.names:
-            if name not in known:
-                raise UserError(f"--models: {name!r} is none of {', '.join(known)}")
-            if name not in models.names():
-                raise UserError(f"--models: {name!r} is not among the models of this version")
+        super().validate()
+        check_words("--models", self.models, SCALES[self.scale].models)
 
     @property
     def names(self) -> list[str]:
         """The models, in order."""
-        return [name.strip() for name in self.models.split(",") if name.strip()]
+        return words(self.models)
 
 
 def tuning_cells(scale: Scale, model: str) -> list[Cell]:
@@ -294,29 +281,27 @@ def run(config: PrecisionStudyConfig) -> Path:
 
     config.validate()
     scale = SCALES[config.scale]
-    folder = Path(config.out)
-    display = Display(config.progress)
-    options = RunOptions(folder, config.jobs, config.budget_hours)
-    study = _read(config, folder)
+    display, options = Display(config.progress), config.run_options
+    study = _read(config)
     if not config.only_report:
         border = first_conditions() * config.seeds
         for name in config.names:
             run_cells(study.tuning[name], options, display)
-            study = _read(config, folder)
+            study = _read(config)
             run_cells(study.main.get(name, [])[:border], options, display)
         rest = [cell for cells in study.main.values() for cell in cells[border:]]
         run_cells([*study.native, *rest], options, display)
-        study = _read(config, folder)
-    report = Path(config.report) if config.report else folder / "report.md"
+        study = _read(config)
+    report = config.report_file
     write_report(study, report, scale)
     return report
 
 
-def _read(config: PrecisionStudyConfig, folder: Path) -> Study:
+def _read(config: PrecisionStudyConfig) -> Study:
     from ca3d.experiments.rows import read_rows
     from ca3d.experiments.runner import ROWS
 
-    scale, rows = SCALES[config.scale], read_rows(folder / ROWS)
+    scale, rows = SCALES[config.scale], read_rows(config.folder / ROWS)
     tuning = {name: tuning_cells(scale, name) for name in config.names}
     best = {name: chosen(rows, cells) for name, cells in tuning.items()}
     found = {name: pair for name, pair in best.items() if pair is not None}

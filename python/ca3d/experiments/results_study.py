@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ca3d import models
-from ca3d.errors import UserError
 from ca3d.experiments.comparison_report import comparison, csv_rows, draw, entries
 from ca3d.experiments.display import Display
 from ca3d.experiments.markdown import machine, table
 from ca3d.experiments.plan import Plan, run_plan
 from ca3d.experiments.rows import Row, read_rows
-from ca3d.experiments.runner import ROWS, RunOptions
+from ca3d.experiments.runner import ROWS
+from ca3d.experiments.study import StudyOptions, check_words, words
 from ca3d.options import option
 from ca3d.training.checkpoint import write_file
 from ca3d.training.logs import write_csv
 
-__all__ = ["MODELS", "SCALES", "ResultsConfig", "plans", "run"]
+__all__ = ["MODELS", "SCALES", "ResultsStudyConfig", "plans", "run"]
 
 MODELS = ("ca3d_tiny", "r3d_tiny", "r2plus1d_tiny", "x3d_tiny", "timesformer_tiny")
 REGIMES = ("float32", "qat", "float16")
@@ -42,50 +42,38 @@ SCALES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @dataclass
-class ResultsConfig:
+class ResultsStudyConfig(StudyOptions):
     """Every option of `ca3d study results`.
 
     Raises:
         ca3d.errors.UserError: From `validate`.
 
     Example:
-        >>> ResultsConfig().seeds
+        >>> ResultsStudyConfig().seeds
         5
     """
 
-    out: str = option("studies/results", "Folder of the study; the same one goes on")
+    out: str = option("studies/results", "Folder of the study; the same one goes on", "Study")
     scale: Literal["full", "reduced"] = option(
-        "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x32x32, 960"
+        "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x32x32, 960", "Study"
     )
-    models: str = option(",".join(MODELS), "Models, separated by commas")
-    datasets: str = option("motion-order,mocap30", "Data sets, likewise; the first goes first")
-    regimes: str = option(",".join(REGIMES), "Precision regimes, likewise; the first chooses rates")
-    seeds: int = option(5, "Seeds of everything; fewer than 5 infer nothing")
-    report: str | None = option(
-        None, "Markdown file to write the report to, pictures beside it (default: in --out)"
+    models: str = option(",".join(MODELS), "Models, separated by commas", "Study")
+    datasets: str = option(
+        "motion-order,mocap30", "Data sets, likewise; the first goes first", "Study"
     )
-    only_report: bool = option(False, "Train nothing: report what the folder has")
-    jobs: int = option(1, "Runs at a time, one thread each", "Run")
-    budget_hours: float | None = option(
-        None, "CPU-hours, those of former calls included, after which no run is begun", "Run"
+    regimes: str = option(
+        ",".join(REGIMES), "Precision regimes, likewise; the first chooses rates", "Study"
     )
-    progress: Literal["auto", "rich", "plain", "none"] = option("auto", "Progress display", "Run")
 
     def validate(self) -> None:
         """Raises `UserError` for the first option whose value is not allowed."""
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, not {self.seeds}")
-        for flag, given, known in (
-            ("--models", self.models, models.names()),
-            ("--datasets", self.datasets, ["mocap30", "motion-order"]),
-            ("--regimes", self.regimes, list(REGIMES)),
-        ):
-            for name in _words(given):
-                if name not in known:
-                    raise UserError(f"{flag}: {name!r} is none of {', '.join(known)}")
+        super().validate()
+        check_words("--models", self.models, models.names())
+        check_words("--datasets", self.datasets, ["mocap30", "motion-order"])
+        check_words("--regimes", self.regimes, REGIMES)
 
 
-def plans(config: ResultsConfig) -> dict[str, Plan]:
+def plans(config: ResultsStudyConfig) -> dict[str, Plan]:
     """The comparison on each data set.
 
     Args:
@@ -93,27 +81,27 @@ def plans(config: ResultsConfig) -> dict[str, Plan]:
 
     Example:
         >>> {name: len(plan.cells({m: 0.1 for m in MODELS}))
-        ...  for name, plan in plans(ResultsConfig()).items()}
+        ...  for name, plan in plans(ResultsStudyConfig()).items()}
         {'motion-order': 125, 'mocap30': 125}
     """
     data, recipe = SCALES[config.scale]
-    names = _words(config.models)
+    names = words(config.models)
     return {
         dataset: Plan(
             data={"name": dataset, **data, "score_train": True},
             models={name: {} for name in names},
-            regimes=_words(config.regimes),
+            regimes=words(config.regimes),
             seeds=range(config.seeds),
             recipe=recipe,
             own={name: {"weight_decay": models.recipe(name).weight_decay} for name in names},
             rates=RATES,
             controls=CONTROLS,
         )
-        for dataset in _words(config.datasets)
+        for dataset in words(config.datasets)
     }
 
 
-def run(config: ResultsConfig) -> Path:
+def run(config: ResultsStudyConfig) -> Path:
     """Runs what is missing of the study, and writes its report.
 
     Args:
@@ -127,22 +115,19 @@ def run(config: ResultsConfig) -> Path:
         ca3d.training.interrupt.StoppedError: SIGINT or SIGTERM came; finished runs are kept.
     """
     config.validate()
-    folder = Path(config.out)
-    options = RunOptions(folder, config.jobs, config.budget_hours)
     display = Display(config.progress)
     todo = plans(config)
     if not config.only_report:
         for plan in todo.values():
-            run_plan(plan, options, display)
-    rows = read_rows(folder / ROWS)
-    report = Path(config.report) if config.report else folder / "report.md"
-    report.parent.mkdir(parents=True, exist_ok=True)
+            run_plan(plan, config.run_options, display)
+    rows = read_rows(config.folder / ROWS)
+    report = config.report_file
     write_file(report, "\n".join(_lines(config, todo, rows, report)) + "\n")
     return report
 
 
 def _lines(
-    config: ResultsConfig, todo: Mapping[str, Plan], rows: Mapping[str, Row], report: Path
+    config: ResultsStudyConfig, todo: Mapping[str, Plan], rows: Mapping[str, Row], report: Path
 ) -> list[str]:
     data, recipe = SCALES[config.scale]
     taken = sum(row["cpu_seconds"] for row in rows.values()) / 3600
@@ -180,16 +165,12 @@ def _lines(
     return lines
 
 
-def _macs(config: ResultsConfig, data: Mapping[str, Any]) -> list[str]:
+def _macs(config: ResultsStudyConfig, data: Mapping[str, Any]) -> list[str]:
     shape = (1, 3, data["frames"], data["size"], data["size"])
     rows = []
-    for name in _words(config.models):
+    for name in words(config.models):
         model = models.create_for_clips(name, 30, frames=data["frames"], size=data["size"])
         count = models.count_macs(model, shape)["total"]
         parameters = sum(p.numel() for p in model.parameters())
         rows.append([name, f"{parameters:,}", f"{count / 1e6:.1f}"])
     return table(["model (30 classes)", "parameters", "million MACs a clip"], rows)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

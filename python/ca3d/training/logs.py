@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,24 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         ...     Path(folder, "a.csv").read_text()
         'a,b\\n1,x\\n'
     """
+    write_file(path, as_csv(rows))
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Returns rows as CSV text with a header line.
+
+    Args:
+        rows: At least one row; the first one's keys are the columns.
+
+    Example:
+        >>> as_csv([{"a": 1, "b": "x"}])
+        'a,b\\n1,x\\n'
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(path, text.getvalue())
+    return text.getvalue()
 
 
 def write_json(path: Path, value: Any) -> None:

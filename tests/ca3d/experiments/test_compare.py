@@ -126,8 +126,8 @@ def test_preset_can_be_cut_down_but_not_changed() -> None:
     ("options", "message"),
     [
         ({"data": ""}, "DATA must name"),
-        ({"models": "ca4d"}, "'ca4d' is not known"),
-        ({"regimes": "float8"}, "'float8' is not known"),
+        ({"models": "ca4d"}, "--models: 'ca4d' is none of"),
+        ({"regimes": "float8"}, "--regimes: 'float8' is none of"),
         ({"controls": "frames"}, "is not held in memory"),
         ({"seeds": 0}, "--seeds must be at least 1"),
         ({"reference": "i3d"}, "--reference i3d is not among"),
@@ -174,7 +174,7 @@ def test_videos_are_compared_and_nothing_runs_twice(tmp_path: Path) -> None:
 
 
 def test_results_study_plans_equal_treatment() -> None:
-    config = results_study.ResultsConfig()
+    config = results_study.ResultsStudyConfig()
     todo = results_study.plans(config)
     assert list(todo) == ["motion-order", "mocap30"]
     for plan in todo.values():
@@ -185,4 +185,4 @@ def test_results_study_plans_equal_treatment() -> None:
         for cell in cells:
             assert cell.data.get("control") is None or cell.regime == "float32"
     with pytest.raises(UserError, match="--datasets: 'ucf101' is none of"):
-        results_study.ResultsConfig(datasets="ucf101").validate()
+        results_study.ResultsStudyConfig(datasets="ucf101").validate()
