@@ -16,6 +16,7 @@ from ca3d_kernels.preparam_step.parametrization import (
     parametrize_with_pre_parameters,
     pre_parameter,
 )
+from ca3d_kernels.temporal_block.functional import temporal_block
 
 __all__ = [
     "LinearMapping",
@@ -33,5 +34,6 @@ __all__ = [
     "pre_parameter",
     "published_key_table",
     "published_mapping",
+    "temporal_block",
     "use_backend",
 ]

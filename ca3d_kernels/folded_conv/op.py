@@ -1,5 +1,6 @@
 """Registers ``ca3d::folded_conv`` with torch. It is for inference: it has no derivatives."""
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -85,9 +86,23 @@ class ReferenceKernels:
         )
 
 
+@functools.cache
+def _load_cpu() -> Kernels:
+    from ca3d_kernels.folded_conv.cpu import NativeKernels
+
+    return NativeKernels()
+
+
+def _cpu_unavailable(device: str) -> str | None:
+    if device != "cpu":
+        return "it serves CPU tensors only"
+    return backends.native_lacks("folded_conv", "folded_epilogue", "advise_huge_pages")
+
+
 backends.register(
     "folded_conv", backends.Implementation("reference", ReferenceKernels, lambda device: None)
 )
+backends.register("folded_conv", backends.Implementation("cpu", _load_cpu, _cpu_unavailable))
 
 
 def _empty(x: Tensor, shape: list[int]) -> Tensor:

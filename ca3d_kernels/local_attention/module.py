@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,19 @@ class LocalTemporalAttention(nn.Module):
     def kernel_size(self) -> int:
         """Number of frames in the window."""
         return self._options.kernel_size
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that `local_temporal_attention` is called with.
+
+        Example:
+            >>> LocalTemporalAttention(8, 2, kernel_size=3).options["kernel_size"]
+            3
+        """
+        options = self._options._asdict()
+        flat = options["key_table"]
+        table = torch.tensor(flat).view(self.heads, self.kernel_size, 2) if flat else None
+        return {**options, "key_table": table, "backend": options["backend"] or None}
 
     def reset_parameters(self) -> None:
         """Draws all weights from Xavier's normal distribution and sets the biases to 0.

@@ -20,7 +20,7 @@ from ca3d.models.blocks import (
 from ca3d.models.layout import as_clip, as_frames, as_lines
 from ca3d.models.model import CA3D
 from ca3d.models.time_pool import TimePool
-from ca3d_kernels import folded_conv
+from ca3d_kernels import LocalTemporalAttention, folded_conv, temporal_block
 
 __all__ = ["FoldedConv", "FusedCA3D", "Scaling"]
 
@@ -209,23 +209,28 @@ class _FoldedSpatialBlock(nn.Module):
 
 
 class _FoldedTemporalBlock(nn.Module):
-    """The temporal half of a CAST block, the positional table in front of it included."""
+    """The temporal half of a CAST block, the positional table in front of it included.
+
+    It is one op; a projection across heads has no kernel, and `portable` leaves torch's operators.
+    """
 
     def __init__(
         self, block: TemporalBlock, position: PositionalTable | None, portable: bool
     ) -> None:
         super().__init__()
         before, after = Scaling.of(block.input_norm), Scaling.of(block.norm)
-        like = block.attention.qkv_weight
         table = None if position is None else position.weight.detach().double()
         self.frames = None if table is None else table.shape[1]
-        self.attention = block.attention.fold(before.scale, before.shift, table)
+        attention = block.attention.fold(before.scale, before.shift, table)
         shift = after.shift[:, None]
         if table is not None:
             shift = shift + after.scale[:, None] * table
-        self.scale = _constant(after.scale.to(like)[:, None, None])
-        self.shift = _constant(shift.to(like)[:, :, None])  # (C, T or 1, 1)
-        self.column = _FoldedColumn(block.column, None, portable)
+        if portable or attention.dense_qkv:
+            self.steps: nn.Module = _TemporalSteps(
+                attention, after.scale, shift, block.column, portable
+            )
+        else:
+            self.steps = _TemporalKernel(attention, after.scale, shift, block.column)
 
     def forward(self, clip: Tensor) -> Tensor:
         if self.frames is not None and clip.shape[2] != self.frames:
@@ -233,10 +238,91 @@ class _FoldedTemporalBlock(nn.Module):
                 f"the positional table holds {self.frames} frames, got {clip.shape[2]}; "
                 "build the model with another number of frames"
             )
-        lines = as_lines(clip)
+        return self.steps(as_lines(clip)).unflatten(3, clip.shape[3:])
+
+
+class _TemporalSteps(nn.Module):
+    """The temporal half as attention and convolutions; shift is (C, T) or (C, 1)."""
+
+    def __init__(
+        self,
+        attention: LocalTemporalAttention,
+        scale: Tensor,
+        shift: Tensor,
+        column: ResidualColumn,
+        portable: bool,
+    ) -> None:
+        super().__init__()
+        like = attention.qkv_weight
+        self.attention = attention
+        self.scale = _constant(scale.to(like)[:, None, None])
+        self.shift = _constant(shift.to(like)[:, :, None])
+        self.column = _FoldedColumn(column, None, portable)
+
+    def forward(self, lines: Tensor) -> Tensor:
         lines = lines + as_lines(self.attention(lines.unsqueeze(4)))
-        lines = torch.addcmul(self.shift, lines, self.scale)
-        return self.column(lines).unflatten(3, clip.shape[3:])
+        return self.column(torch.addcmul(self.shift, lines, self.scale))
+
+
+class _TemporalKernel(nn.Module):
+    """The temporal half as `ca3d_kernels.temporal_block`; shift is (C, T) or (C, 1)."""
+
+    def __init__(
+        self,
+        attention: LocalTemporalAttention,
+        scale: Tensor,
+        shift: Tensor,
+        column: ResidualColumn,
+    ) -> None:
+        super().__init__()
+        assert attention.qkv_bias is not None
+        like, heads = attention.qkv_weight, attention.heads
+        self.qkv_weight = _constant(like.transpose(1, 2).contiguous())
+        bias = attention.qkv_bias
+        self.qkv_bias = _constant(bias if bias.dim() == 3 else bias.unsqueeze(1))
+        self.norm_scale = _constant(scale.to(like).unflatten(0, (heads, -1)))
+        self.norm_shift = _constant(
+            shift.to(like).unflatten(0, (heads, -1)).transpose(1, 2).contiguous()
+        )
+        weights, rows = [], []
+        for block in column:
+            assert isinstance(block, ResidualBlock)
+            for conv, norm in ((block.conv1, block.norm1), (block.conv2, block.norm2)):
+                assert conv.bias is not None
+                # (heads, out, in, 3) to (heads, 3, in, out)
+                taps = conv.weight.detach().squeeze(3).unflatten(0, (heads, -1))
+                weights.append(taps.permute(0, 3, 2, 1).flatten(1, 2))
+                scaling = Scaling.of(norm)
+                rows.append(torch.stack([conv.bias.double(), scaling.scale, scaling.shift]))
+        width = like.shape[-1]
+        self.column_weight = _constant(
+            torch.stack(weights) if weights else like.new_zeros(0, heads, 3 * width, width)
+        )
+        of_steps = torch.stack(rows, 1) if rows else like.new_zeros(3, 0, heads * width)
+        of_steps = of_steps.to(like).unflatten(2, (heads, width))
+        self.column_bias, self.column_scale, self.column_shift = map(_constant, of_steps)
+        self.options = attention.options
+
+    def forward(self, lines: Tensor) -> Tensor:
+        frames = lines.shape[2]
+        pixels = temporal_block(
+            lines.permute(0, 2, 3, 1),
+            self.qkv_weight,
+            _for_frames(self.qkv_bias, frames),
+            self.norm_scale,
+            _for_frames(self.norm_shift, frames),
+            self.column_weight,
+            self.column_bias,
+            self.column_scale,
+            self.column_shift,
+            **self.options,
+        )
+        return pixels.permute(0, 3, 1, 2)
+
+
+def _for_frames(x: Tensor, frames: int) -> Tensor:
+    """(heads, T, n), or (heads, 1, n) for all frames, as (heads, T, n)."""
+    return x if x.shape[1] == frames else x.expand(-1, frames, -1)
 
 
 class _FoldedHead(Head):
