@@ -188,9 +188,8 @@ class _Images(nn.Module):
 class _Lines(nn.Module):
     """A temporal half of one clip: pixels are lines of frames, (1, C, T, h * w)."""
 
-    def __init__(self, block: nn.Module, frames: int) -> None:
+    def __init__(self, parts: Any, frames: int) -> None:
         super().__init__()
-        parts: Any = block
         self.attention = parts.attention.portable(frames)
         self.scale, self.shift, self.column = parts.scale, parts.shift, parts.column
 
@@ -215,6 +214,6 @@ def _parts(model: FusedCA3D) -> tuple[list[nn.Module], list[nn.Module], list[nn.
             frames = TimePool.frames_after(frames)
         elif hasattr(layer, "images"):
             part.append(_Images(layer))
-        elif hasattr(layer, "attention"):
-            part.append(_Lines(layer, frames))
+        elif hasattr(layer, "steps"):
+            part.append(_Lines(layer.steps, frames))
     return parts[0], parts[1], parts[2]
