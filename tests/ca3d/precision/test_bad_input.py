@@ -1,4 +1,4 @@
-"""What a regime does about numbers it can't store, and about state and dtypes that aren't its own."""
+"""What a regime does about numbers it can't store, and dtypes and state that aren't its own."""
 
 import math
 from pathlib import Path
