@@ -23,7 +23,7 @@ CONSTANTS = (1.0, 100.0, 128.0)
 LOSS_FACTORS = (0.1, 1.0, 128.0)
 ROUNDINGS = ("published", "nearest", "stochastic", "compensated")
 
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1, 0.3)
 DECAYS = (5e-4, 5e-3)
 #: Other seeds than those of the study, so that nothing is tuned on the runs that count.
 TUNING_SEEDS = (100, 101)
@@ -130,7 +130,7 @@ def tuning_cells(scale: Scale, model: str) -> list[Cell]:
 
     Example:
         >>> len(tuning_cells(SCALES["tiny"], "ca3d_tiny"))
-        12
+        16
     """
     return [
         _cell(scale, model, "float32", seed, lr=rate, weight_decay=decay, part="tune")
