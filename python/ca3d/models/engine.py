@@ -137,7 +137,9 @@ def folded(model: nn.Module) -> nn.Module:
         for place, name, layer in _in_order(sequence):
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and before is not None:
                 owner, key = before
-                setattr(owner, key, fuse_conv_bn_eval(owner._modules[key], layer))
+                convolution = owner._modules[key]
+                assert isinstance(convolution, nn.Conv3d)
+                setattr(owner, key, fuse_conv_bn_eval(convolution, layer))
                 setattr(place, name, nn.Identity())
             before = (place, name) if isinstance(layer, nn.Conv3d) else None
     return _channels_last(model.to(dtype))
