@@ -1,8 +1,9 @@
 """The engine under CA3D for other convolutional networks, so that speeds compare architectures.
 
-CA3D keeps its clips channels-last, convolves in two dimensions on free views of them, and normalises
-by the kernels of `ca3d_kernels`. `same_engine` does that to any model of 3-D convolutions, and
-`folded` spares it the normalisations in inference. Networks of tokens have nothing to gain from it.
+CA3D keeps its clips channels-last, convolves in two dimensions on free views of them, and
+normalises by the kernels of `ca3d_kernels`. `same_engine` does that to any model of 3-D
+convolutions, and `folded` spares it the normalisations in inference. Networks of tokens have
+nothing to gain from it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class ClipConv(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves (B, C, T, H, W)."""
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
+            return super().forward(input)
         options = zip(self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         time, height, width = (tuple(option) for option in options)
         flat = (1, 1, 0, 1)  # of a dimension whose places stay apart
@@ -102,7 +105,7 @@ def same_engine(model: nn.Module) -> nn.Module:
                 setattr(parent, name, _like(ClipConv, layer))
             elif type(layer) is nn.BatchNorm3d:
                 setattr(parent, name, _like(ClipNorm, layer))
-    return model.to(memory_format=torch.channels_last_3d)
+    return _channels_last(model)
 
 
 def _like(kind: type[nn.Module], layer: nn.Module) -> nn.Module:
@@ -134,10 +137,19 @@ def folded(model: nn.Module) -> nn.Module:
         for place, name, layer in _in_order(sequence):
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and before is not None:
                 owner, key = before
-                setattr(owner, key, fuse_conv_bn_eval(owner._modules[key], layer))
+                convolution = owner._modules[key]
+                assert isinstance(convolution, nn.Conv3d)
+                setattr(owner, key, fuse_conv_bn_eval(convolution, layer))
                 setattr(place, name, nn.Identity())
             before = (place, name) if isinstance(layer, nn.Conv3d) else None
-    return model.to(dtype).to(memory_format=torch.channels_last_3d)
+    return _channels_last(model.to(dtype))
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.to(memory_format=torch.channels_last_3d)
+    return model
 
 
 def _in_order(sequence: nn.Sequential) -> list[tuple[nn.Sequential, str, nn.Module]]:

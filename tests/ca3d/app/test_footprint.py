@@ -44,19 +44,19 @@ def test_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A convolutional model is measured on both, one of tokens as it is shipped."""
     small = ["--size", "32", "--batch", "2", "--rounds", "1", "--threads", "1"]
     file = tmp_path / "rows.json"
-    arguments = [*small, "--models", "r3d_tiny:size=32,vivit_tiny:depth=1", "--regimes", "qat"]
+    arguments = [*small, "--models", "r3d_tiny:size=32,swin3d_tiny", "--regimes", "qat"]
     assert main(["footprint", *arguments, "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
     assert [(row["model"], row["engine"]) for row in rows] == [
         ("r3d_tiny:size=32", "as shipped"),
         ("r3d_tiny:size=32", "same engine"),
-        ("vivit_tiny:depth=1", "as shipped"),
+        ("swin3d_tiny", "as shipped"),
     ]
     assert rows[0]["macs"] == rows[1]["macs"]
     assert all(row["infer_frames_per_second"] > 0 for row in rows)
     shipped, same = capsys.readouterr().out.split("Memory at")[0].split("Same engine")
-    assert shipped.count("vivit_tiny") == 1
-    assert "vivit_tiny" not in same
+    assert shipped.count("swin3d_tiny") == 1
+    assert "swin3d_tiny" not in same
 
 
 def test_the_papers_figures_stand_beside() -> None:
