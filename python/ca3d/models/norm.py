@@ -8,10 +8,11 @@ one after the other.
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ca3d_kernels import norm_relu, norm_relu_conv
 
-__all__ = ["BatchNorm", "fuses", "normalise", "normalise_and_convolve"]
+__all__ = ["BatchNorm", "fuses", "normalise", "normalise_and_convolve", "track_statistics"]
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -72,7 +73,6 @@ class BatchNorm(nn.BatchNorm2d):
             and forward_ad._current_level < 0
         )
 
-    @torch.no_grad()
     def track(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Updates the running statistics as `torch.nn.BatchNorm2d` does.
 
@@ -86,16 +86,34 @@ class BatchNorm(nn.BatchNorm2d):
             >>> norm.running_mean.item(), norm.running_var.item()
             (0.10000000149011612, 1.100000023841858)
         """
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / self.num_batches_tracked.item()
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        unbiased = variance * (count / (count - 1))
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        track_statistics(self, mean, variance, count)
+
+
+@torch.no_grad()
+def track_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Updates a normalisation's running statistics as torch's own modules do.
+
+    Args:
+        norm: any batch normalisation.
+        mean, variance: of a batch, (C,); the variance is the biased one.
+        count: values of each channel.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> track_statistics(norm, torch.ones(1), torch.ones(1), 2)
+        >>> norm.num_batches_tracked.item()
+        1
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 1 / norm.num_batches_tracked.item()
+    unbiased = variance * (count / (count - 1))
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
 
 
 def fuses(y: Tensor, norm: nn.Module, conv: nn.Module | None = None) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ca3d.models.norm import track_statistics
+
 __all__ = ["SyncBatchNorm", "synchronise"]
 
 
@@ -43,21 +45,8 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training or self.processes == 1:
             return super().forward(input)
         z, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
-        self._track(mean, variance, int(count))
+        track_statistics(self, mean, variance, int(count))
         return z
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / self.num_batches_tracked.item()
-        unbiased = variance * (count / max(count - 1, 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
 def synchronise(model: nn.Module) -> nn.Module:
