@@ -92,8 +92,8 @@ class NativeKernels:
         if _is_own(x, weight, options):
             made = self._prepared(weight, options.groups)
             images, _, height, width = x.shape
-            sizes = (images, height, width, options.groups)
-            sizes = (*sizes, weight.shape[1], len(weight) // options.groups)
+            of_group = weight.shape[1], len(weight) // options.groups
+            sizes = (images, height, width, options.groups, *of_group)
             self._native.folded_conv(
                 _DTYPES[x.dtype], sizes, made.data_ptr(), addresses, x.data_ptr(), more,
                 z.data_ptr(), threads,
