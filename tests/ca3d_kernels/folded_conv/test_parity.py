@@ -13,14 +13,15 @@ from ca3d_kernels import _native, folded_conv
 # images, channels in and out, height, width, groups; and what differs from a 3 x 3 filter.
 WINOGRAD: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 64, 64, 14, 14, 1), {}),
-    ((1, 16, 48, 7, 9, 1), {}),
-    ((3, 64, 128, 5, 4, 4), {}),
-    ((1, 32, 16, 1, 1, 1), {}),
-    ((2, 16, 16, 2, 3, 1), {}),
-    ((70, 16, 16, 3, 6, 1), {}),
+    ((1, 80, 48, 7, 9, 1), {}),
+    ((3, 256, 128, 5, 4, 4), {}),
+    ((1, 64, 16, 1, 1, 1), {}),
+    ((2, 64, 16, 2, 3, 1), {}),
+    ((70, 64, 16, 3, 6, 1), {}),
 ]
 OTHERS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 8, 24, 7, 6, 2), {}),
+    ((3, 64, 128, 5, 4, 4), {}),
     ((2, 16, 32, 9, 8, 1), {"stride": (2, 2)}),
     ((1, 3, 16, 15, 15, 1), {"stride": (2, 2), "padding": (3, 3), "kernel": (7, 7)}),
     ((2, 16, 16, 6, 5, 1), {"padding": (1, 0), "kernel": (3, 1)}),
@@ -90,7 +91,7 @@ def test_other_convolutions(
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
-    tensors, options = operands((3, 32, 32, 13, 14, 1), torch.float32, {}, True)
+    tensors, options = operands((3, 64, 32, 13, 14, 1), torch.float32, {}, True)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -103,7 +104,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 
 
 def test_an_image_alone_has_the_same_bits() -> None:
-    tensors, options = operands((5, 32, 32, 13, 14, 1), torch.float32, {}, True)
+    tensors, options = operands((5, 64, 32, 13, 14, 1), torch.float32, {}, True)
     together = folded_conv(*tensors, **options)
     for i in range(5):
         one = [t[i : i + 1] if n in (0, 5) else t for n, t in enumerate(tensors)]
@@ -111,7 +112,7 @@ def test_an_image_alone_has_the_same_bits() -> None:
 
 
 def test_nan_passes() -> None:
-    tensors, options = operands((1, 16, 16, 8, 12, 1), torch.float32, {}, False)
+    tensors, options = operands((1, 64, 16, 8, 12, 1), torch.float32, {}, False)
     assert isinstance(tensors[0], Tensor)
     tensors[0][0, 3, 0, 0] = torch.nan
     found = folded_conv(*tensors, **options)
@@ -120,7 +121,7 @@ def test_nan_passes() -> None:
 
 
 def test_filters_are_made_again_when_the_weight_changes() -> None:
-    tensors, options = operands((1, 16, 16, 8, 8, 1), torch.float32, {}, False)
+    tensors, options = operands((1, 64, 16, 8, 8, 1), torch.float32, {}, False)
     folded_conv(*tensors, **options)
     assert isinstance(tensors[1], Tensor)
     tensors[1].mul_(-2)
