@@ -18,6 +18,8 @@ from ca3d_kernels.preparam_step import triton as step
 from ca3d_kernels.preparam_step.op import ROUNDINGS, Batch
 from ca3d_kernels.preparam_step.reference import Hyperparameters
 from ca3d_kernels.qkv_attention import triton as qkv
+from ca3d_kernels.temporal_block import triton as block
+from ca3d_kernels.temporal_block.op import Weights
 from ca3d_kernels.triton_launch import Launch
 
 DTYPES = {
@@ -60,6 +62,11 @@ _VIDEO: dict[str, Any] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "local_attention": _VIDEO,
     "qkv_attention": {**_VIDEO, "bias": "head"},
+    # Its kernel takes no key table.
+    "temporal_block": {
+        **{key: value for key, value in _VIDEO.items() if key != "published"},
+        "residual_blocks": 2,
+    },
     "preparam_step": {
         "small_tensors": 103,
         "small_size": 256,
@@ -98,6 +105,13 @@ _ORDINARY: dict[str, dict[str, dict[str, Any]]] = {
         "64 frames": {"frames": 64},
         "stage 1, bfloat16": {"dtype": "bfloat16"},
         "stage 1, published, bfloat16": {"edge": "zero", "published": True, "dtype": "bfloat16"},
+    },
+    "temporal_block": {
+        "stage 1": {},
+        "stage 2": _STAGE_2,
+        "stage 2, large model": {**_STAGE_2, "residual_blocks": 8},
+        "16 frames": {"frames": 16},
+        "stage 1, bfloat16": {"dtype": "bfloat16"},
     },
     "preparam_step": {
         "small model": {},
@@ -252,6 +266,27 @@ def _qkv(values: Mapping[str, Any], device: torch.device) -> list[Launch]:
     return launches
 
 
+def block_operands(
+    values: Mapping[str, Any], device: torch.device
+) -> tuple[Tensor, Weights, Tensor]:
+    """Clip, weights and output of a folded temporal half.
+
+    Example:
+        >>> block_operands(DEFAULTS["temporal_block"], torch.device("meta"))[0].shape
+        torch.Size([20, 8, 196, 256])
+    """
+    heads, head_dim, frames = (values[key] for key in ("heads", "head_dim", "frames"))
+    like: dict[str, Any] = {"dtype": DTYPES[values["dtype"]], "device": device}
+    shape = (values["batch"], frames, values["positions"], heads * head_dim)
+    shapes = Weights.shapes(heads, head_dim, frames, 2 * values["residual_blocks"])
+    weights = Weights(*(torch.empty(shape, **like) for shape in shapes.values()))
+    return torch.empty(shape, **like), weights, torch.empty(shape, **like)
+
+
+def _block(values: Mapping[str, Any], device: torch.device) -> list[Launch]:
+    return [block.launch(*block_operands(values, device), options(values))]
+
+
 def step_batch(values: Mapping[str, Any], device: torch.device) -> Batch:
     """The tensors of a step.
 
@@ -289,5 +324,6 @@ def _step(values: Mapping[str, Any], device: torch.device) -> list[Launch]:
 _MAKERS: dict[str, Callable[[Mapping[str, Any], torch.device], list[Launch]]] = {
     "local_attention": _attention,
     "qkv_attention": _qkv,
+    "temporal_block": _block,
     "preparam_step": _step,
 }

@@ -1,6 +1,6 @@
 """The compiled CPU kernels of the folded convolution.
 
-Convolutions of 3 x 3 pixels with stride 1 are the library's own; of others torch makes the
+Convolutions of 3 x 3 pixels with stride 1 and at least 64 inputs are the library's own; of others torch makes the
 convolution, and the library what follows it.
 """
 
@@ -21,8 +21,10 @@ _DTYPES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-# Channels of a group must be a multiple of this for the library's own convolution.
+# Channels of a group must be a multiple of this for the library's own convolution. Sums of few
+# inputs are so exact that the rounding of Winograd's transforms would be most of the error.
 _CHANNELS = 16
+_LEAST_INPUTS = 64
 
 # Winograd's transforms of a filter: for two pixels side by side, by the points 0, 1, -1 and
 # infinity, and for four, by 0, 1, -1, 1/2, -2 and infinity.
@@ -92,8 +94,8 @@ class NativeKernels:
         if _is_own(x, weight, options):
             made = self._prepared(weight, options.groups)
             images, _, height, width = x.shape
-            sizes = (images, height, width, options.groups)
-            sizes = (*sizes, weight.shape[1], len(weight) // options.groups)
+            of_group = weight.shape[1], len(weight) // options.groups
+            sizes = (images, height, width, options.groups, *of_group)
             self._native.folded_conv(
                 _DTYPES[x.dtype], sizes, made.data_ptr(), addresses, x.data_ptr(), more,
                 z.data_ptr(), threads,
@@ -144,6 +146,7 @@ def _is_own(x: Tensor, weight: Tensor, options: Options) -> bool:
     return (
         tuple(weight.shape[2:]) == (3, 3)
         and plain
+        and weight.shape[1] >= _LEAST_INPUTS
         and weight.shape[1] % _CHANNELS == 0
         and outputs % _CHANNELS == 0
     )

@@ -35,7 +35,7 @@ def temporal_block(
         q, k, v = x qkv_weight + qkv_bias[t]
         y       = norm_scale * (x + attention(q, k, v)) + norm_shift[t]
 
-    and for each residual block of the column, with convolutions of three frames, padded with zeros::
+    and for each residual block of the column, with convolutions of three frames, zeros outside::
 
         u = scale[0] * relu(conv[0](y) + bias[0]) + shift[0]
         y = scale[1] * relu(conv[1](u) + bias[1]) + shift[1] + y

@@ -68,7 +68,9 @@ def launch(x: Tensor, weights: Weights, out: Tensor, options: Options) -> Launch
     }
     function = triton_kernels.temporal_block_forward
     ordered = {name: arguments[name] for name in function.arg_names if name in arguments}
-    return Launch(function, heads * min(count, _PROGRAMS_PER_HEAD), ordered, constants, 4)
+    programs = heads * min(count, _PROGRAMS_PER_HEAD)
+    # Filters that are fetched ahead would take more shared memory than every GPU has.
+    return Launch(function, programs, ordered, constants, 8, options={"num_stages": 1})
 
 
 class TritonKernels:

@@ -2,13 +2,11 @@
 #include "folded_conv/folded_conv.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "common/aligned.h"
 #include "common/dispatch.h"
 #include "common/dtype_info.h"
 #include "common/threading.h"
@@ -25,7 +23,6 @@ constexpr int64_t kRegisterRows = 12;
 // A team of threads costs more than it saves on fewer elements.
 constexpr int64_t kWorthThreads = 32768;
 constexpr int64_t kHugeSize = int64_t{1} << 40;
-constexpr std::size_t kAlignment = 64;
 
 const FoldedConvKernels& kernels() {
   switch (current_isa()) {
@@ -70,16 +67,6 @@ void check_channels(const char* name, int64_t value) {
   require(value % kFoldedConvChannels == 0, name, value, "a multiple of 16");
 }
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-std::unique_ptr<char, Free> allocate(std::size_t bytes) {
-  void* memory = std::aligned_alloc(kAlignment, bytes);
-  if (!memory) throw std::bad_alloc();
-  return std::unique_ptr<char, Free>(static_cast<char*>(memory));
-}
-
 // Smaller tasks where there are few tiles for the threads.
 int64_t task_tiles(int64_t tiles, int64_t groups, int threads) {
   const int64_t share = tiles * groups / (threads == 1 ? 1 : threads * kTasksOfThread);
@@ -119,7 +106,7 @@ void folded_conv(const FoldedConvProblem& problem, const float* filters,
   const FoldedConvKernels& isa = kernels();
   const int64_t team = std::min<int64_t>(threads, tasks);
   const std::size_t bytes = isa.scratch_bytes(tables);
-  const std::unique_ptr<char, Free> scratch = allocate(bytes * static_cast<std::size_t>(team));
+  const AlignedMemory scratch = allocate_aligned(bytes * static_cast<std::size_t>(team));
   parallel_ranges(tasks, static_cast<int>(team), [&](int thread, int64_t begin, int64_t end) {
     isa.run(tables, begin, end, scratch.get() + bytes * static_cast<std::size_t>(thread));
   });

@@ -1,12 +1,10 @@
 // Checks a call, plans it and runs the kernels of the instruction set in use on several threads.
 #include "local_attention/local_attention.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
+#include "common/aligned.h"
 #include "common/dispatch.h"
 #include "common/threading.h"
 #include "local_attention/plan.h"
@@ -43,18 +41,6 @@ void check_pointer(const char* name, const StridedRows& rows) {
   if (!rows.data) throw std::invalid_argument(std::string(name) + " must not be a null pointer");
 }
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-constexpr std::size_t kAlignment = 64;
-
-std::unique_ptr<char, Free> allocate(std::size_t bytes) {
-  void* memory = std::aligned_alloc(kAlignment, bytes);
-  if (!memory) throw std::bad_alloc();
-  return std::unique_ptr<char, Free>(static_cast<char*>(memory));
-}
-
 using Kernel = void (*)(const LocalAttentionTables&, int64_t, int64_t, void*);
 
 void run(const LocalAttentionProblem& problem, const StridedRows* tensor, int threads,
@@ -63,7 +49,7 @@ void run(const LocalAttentionProblem& problem, const StridedRows* tensor, int th
   const LocalAttentionPlan plan(problem, tensor, isa.vector_bytes);
   if (threads > plan.items()) threads = static_cast<int>(plan.items());
   const std::size_t bytes = isa.scratch_bytes(plan.tables());
-  const std::unique_ptr<char, Free> scratch = allocate(bytes * static_cast<std::size_t>(threads));
+  const AlignedMemory scratch = allocate_aligned(bytes * static_cast<std::size_t>(threads));
   parallel_ranges(plan.items(), threads, [&](int thread, int64_t begin, int64_t end) {
     (isa.*kernel)(plan.tables(), begin, end, scratch.get() + bytes * thread);
   });

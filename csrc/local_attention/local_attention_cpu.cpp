@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/scratch.h"
 #include "common/simd.h"
 #include "local_attention/plan.h"
 
@@ -309,24 +310,6 @@ void stage_rows(const Stored* from, const int64_t* from_row, int64_t rows, int64
     }
   }
 }
-
-// Hands out scratch memory, in pieces of whole cache lines.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <class Real>
-  Real* take(int64_t count) {
-    char* piece = memory_ + used_;
-    used_ += (static_cast<std::size_t>(count) * sizeof(Real) + 63) / 64 * 64;
-    return reinterpret_cast<Real*>(piece);
-  }
-  std::size_t used() const { return used_; }
-
- private:
-  char* memory_;
-  std::size_t used_ = 0;
-};
 
 // The kernels for one stored type, with the scratch memory of one thread.
 template <class Stored>

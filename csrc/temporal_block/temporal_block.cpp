@@ -3,13 +3,11 @@
 #include "temporal_block/temporal_block.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/aligned.h"
 #include "common/dispatch.h"
 #include "common/dtype_info.h"
 #include "common/threading.h"
@@ -22,7 +20,6 @@ constexpr int64_t kTileFrames = 4;
 // Frames (of all pixels of a task together) whose matrices stay in the first two caches. They make
 // tiles in a number that the rows of every kernel's blocks divide.
 constexpr int64_t kBlockRows = 96;
-constexpr std::size_t kAlignment = 64;
 
 const TemporalBlockKernels& kernels() {
   switch (current_isa()) {
@@ -66,16 +63,6 @@ int64_t padded_dim(const TemporalBlockProblem& problem) {
 // Matrices of a filter: a tile of four frames is worth it from three on.
 int64_t points(const TemporalBlockProblem& problem) {
   return problem.attention.frames < 3 ? kTaps : kTemporalBlockPoints;
-}
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-std::unique_ptr<char, Free> allocate(std::size_t bytes) {
-  void* memory = std::aligned_alloc(kAlignment, bytes);
-  if (!memory) throw std::bad_alloc();
-  return std::unique_ptr<char, Free>(static_cast<char*>(memory));
 }
 
 // The tables of a call, and the memory behind them.
@@ -229,7 +216,7 @@ void temporal_block(const TemporalBlockProblem& problem, const TemporalBlockWeig
   const Plan plan(problem, weights, x, out, isa);
   threads = static_cast<int>(std::min<int64_t>(threads, plan.tasks()));
   const std::size_t bytes = isa.scratch_bytes(plan.tables);
-  const std::unique_ptr<char, Free> scratch = allocate(bytes * static_cast<std::size_t>(threads));
+  const AlignedMemory scratch = allocate_aligned(bytes * static_cast<std::size_t>(threads));
   parallel_ranges(plan.tasks(), threads, [&](int thread, int64_t begin, int64_t end) {
     isa.run(plan.tables, begin, end, scratch.get() + bytes * static_cast<std::size_t>(thread));
   });

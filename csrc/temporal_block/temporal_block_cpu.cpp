@@ -8,6 +8,7 @@
 // twice as large. In clips of one or two frames, the three frames under a filter are one row of a
 // matrix as they lie there, and the convolution is one product.
 #include "common/gemm.h"
+#include "common/scratch.h"
 #include "common/simd.h"
 #include "temporal_block/temporal_block.h"
 
@@ -18,24 +19,6 @@ namespace {
 constexpr int kCount = kLanes<float>;
 constexpr int64_t kPoints = kTemporalBlockPoints, kTileFrames = 4;
 using V = Vector<float>;
-
-// Hands out scratch memory, in pieces of whole cache lines.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <class Element = float>
-  Element* take(int64_t count) {
-    char* piece = memory_ + used_;
-    used_ += (static_cast<std::size_t>(count) * sizeof(Element) + 63) / 64 * 64;
-    return reinterpret_cast<Element*>(piece);
-  }
-  std::size_t used() const { return used_; }
-
- private:
-  char* memory_;
-  std::size_t used_ = 0;
-};
 
 template <class Stored>
 void read_row(const Stored* from, int64_t columns, int64_t padded, float* to) {
@@ -87,15 +70,15 @@ class Worker {
     const int64_t padded_rows = t_.block_pixels * t_.padded_frames;
     const int64_t tiles = t_.points == kPoints ? t_.block_pixels * t_.tiles : 0;
     lanes_ = (rows + kCount - 1) / kCount * kCount;
-    x_ = scratch_.take(t_.group_heads * rows * dim_);
-    qkv_ = scratch_.take(t_.group_heads * rows * 3 * dim_);
-    y_ = scratch_.take(padded_rows * dim_);
-    u_ = scratch_.take(padded_rows * dim_);
-    tiles_ = scratch_.take(kPoints * tiles * dim_);
-    products_ = scratch_.take(kPoints * tiles * dim_);
-    scores_ = scratch_.take(t_.slots * lanes_);
-    visible_ = scratch_.take(lanes_);
-    zeros_ = scratch_.take(lanes_);
+    x_ = scratch_.take<float>(t_.group_heads * rows * dim_);
+    qkv_ = scratch_.take<float>(t_.group_heads * rows * 3 * dim_);
+    y_ = scratch_.take<float>(padded_rows * dim_);
+    u_ = scratch_.take<float>(padded_rows * dim_);
+    tiles_ = scratch_.take<float>(kPoints * tiles * dim_);
+    products_ = scratch_.take<float>(kPoints * tiles * dim_);
+    scores_ = scratch_.take<float>(t_.slots * lanes_);
+    visible_ = scratch_.take<float>(lanes_);
+    zeros_ = scratch_.take<float>(lanes_);
     key_ = scratch_.take<int64_t>(t_.slots * lanes_);
     frame_ = scratch_.take<int64_t>(lanes_);
     padded_ = scratch_.take<int64_t>(lanes_);

@@ -1,5 +1,6 @@
 """The parity suites on a GPU, for every backend that serves one."""
 
+import block_cases
 import pytest
 import torch
 from attention_cases import (
@@ -71,6 +72,13 @@ def test_local_attention_repeats_its_bits(backend: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_qkv_attention(case: Case, dtype: torch.dtype, backend: str) -> None:
     check_qkv(case, dtype, backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", serving("temporal_block"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", block_cases.CASES, ids=str)
+def test_temporal_block(case: block_cases.Case, dtype: torch.dtype, backend: str) -> None:
+    block_cases.check(case, dtype, backend, "cuda")
 
 
 def trained(backend: str, dtype: torch.dtype, device: str, skip: bool) -> list[Tensor]:

@@ -21,6 +21,8 @@ from ca3d_kernels.preparam_step import triton as step
 from ca3d_kernels.preparam_step.op import Batch, ReferenceKernels
 from ca3d_kernels.qkv_attention import reference as qkv_reference
 from ca3d_kernels.qkv_attention import triton as qkv
+from ca3d_kernels.temporal_block import reference as block_reference
+from ca3d_kernels.temporal_block import triton as block
 from ca3d_kernels.triton_launch import Launch
 
 pytestmark = [pytest.mark.slow, needs_ptx_runner]
@@ -176,6 +178,40 @@ def test_qkv_attention(name: str, arch: str) -> None:
     for what, a, b, c in zip(("o", "dx", "dw", "db"), results[0], exact, same, strict=False):
         assert a.isfinite().all(), what
         assert_close(a, b, c, what)
+
+
+BLOCKS = {
+    "7 frames": {"frames": 7},
+    "bfloat16": {"frames": 4, "dtype": "bfloat16"},
+    "16 frames, shifted": {"frames": 16, "edge": "shift", "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [*((name, "sm_90") for name in BLOCKS), ("7 frames", "sm_80"), ("7 frames", "sm_120")],
+)
+def test_temporal_block(name: str, arch: str) -> None:
+    values = {**problems.DEFAULTS["temporal_block"], "heads": 2, "residual_blocks": 1}
+    values |= {"batch": 1, "positions": 11, **BLOCKS[name]}
+    x, weights, _ = problems.block_operands(values, torch.device("cpu"))
+    operands = [shared(torch.randn(x.shape).to(x.dtype))]
+    for field, weight in weights._asdict().items():
+        spread = weight.shape[-2] ** -0.5 if field.endswith("weight") else 1
+        operands.append(shared((torch.randn(weight.shape) * spread).to(x.dtype)))
+    out = shared(torch.full_like(x, torch.nan))
+    options = problems.options(values)
+    launch = block.launch(operands[0], block.Weights(*operands[1:]), out, options)
+    results = []
+    for order in ORDERS[:2]:
+        run(launch, arch, order)
+        results.append(out.clone())
+    assert torch.equal(*results)
+    definition = options.definition()
+    exact = block_reference.temporal_block(*(t.double() for t in operands), **definition)
+    same = block_reference.temporal_block(*operands, **definition)
+    assert results[0].isfinite().all()
+    assert_close(results[0], exact, same, "out")
 
 
 def shared_step(values: dict[str, Any]) -> Batch:

@@ -63,5 +63,9 @@ def test_qkv_attention() -> None:
     assert run_interpreted(str(FOLDER / "qkv_attention" / "interpreted.py")) > 15
 
 
+def test_temporal_block() -> None:
+    assert run_interpreted(str(FOLDER / "temporal_block" / "interpreted.py")) > 20
+
+
 def test_mistakes_are_noticed() -> None:
     assert run_interpreted(str(FOLDER / "triton_mutants.py")) > 25

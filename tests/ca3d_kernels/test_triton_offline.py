@@ -23,6 +23,7 @@ from ca3d_kernels.triton_compile import compile_for, resources, signature
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 CASES = {(case.op, case.name): case for case in problems.cases()}
 QUICK = [CASES[op, "stage 1"] for op in ("local_attention", "qkv_attention")]
+QUICK.append(CASES["temporal_block", "stage 1"])
 QUICK.append(CASES["qkv_attention", "stage 1, published"])
 QUICK += [
     CASES["preparam_step", f"small model{kind}"] for kind in ("", ", stochastic", ", compensated")
@@ -31,7 +32,7 @@ QUICK += [
 
 def check(case: Case, arch: str) -> int:
     """Compiles a problem's launches and holds them to the promises; returns how many."""
-    if (case.op, arch) == ("qkv_attention", "sm_75"):
+    if case.op in ("qkv_attention", "temporal_block") and arch == "sm_75":
         with pytest.raises(UnsupportedInputError, match="older than sm_80"):
             problems.launches(case, arch)
         return 0

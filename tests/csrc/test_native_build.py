@@ -16,10 +16,14 @@ ARM_ISAS = ("baseline", "neon")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 # The program that holds the kernels of an op to their definition.
 PARITY = {
+    "folded_conv": "folded_conv_parity",
     "local_attention": "attention_parity",
     "norm_relu_conv": "norm_relu_conv_parity",
     "preparam_step": "preparam_parity",
+    "temporal_block": "temporal_block_parity",
 }
+# Sources of other ops that an op's problem is checked by.
+SHARED = {"temporal_block": (CSRC / "local_attention/problem.cpp",)}
 
 native_machine = os.uname().machine
 each_op = pytest.mark.parametrize("op", PARITY)
@@ -64,6 +68,7 @@ def build_parity(op: str, folder: Path, compiler: str, isas: tuple[str, ...], *f
         ROOT / f"tests/native/{PARITY[op]}.cpp",
         CSRC / "common/dispatch.cpp",
         *(source for source in sorted((CSRC / op).glob("*.cpp")) if source not in KERNELS),
+        *SHARED.get(op, ()),
     ]
     # The definition computes as the kernels do: it takes their options too.
     options = ("-std=c++17", "-fopenmp", f"-I{CSRC}", *source_flags(kernel))
