@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ca3d import weights
-from ca3d.errors import UserError
+from ca3d.export.packages import import_extra, quiet
 from ca3d.files import write_atomically
 
 __all__ = ["OPSET", "quantize", "write"]
@@ -46,9 +42,9 @@ def write(
     Raises:
         ca3d.errors.UserError: a package of the extra `onnx` is missing.
     """
-    onnx = _import("onnx")
-    _import("onnxscript")
-    with _quiet(), torch.no_grad():
+    onnx = import_extra("onnx", "onnx")
+    import_extra("onnxscript", "onnx")
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
             tuple(inputs.values()),
@@ -88,8 +84,8 @@ def quantize(
     Raises:
         ca3d.errors.UserError: a package of the extra `onnx` is missing.
     """
-    onnx = _import("onnx")
-    quantization = _import("onnxruntime.quantization")
+    onnx = import_extra("onnx", "onnx")
+    quantization = import_extra("onnxruntime.quantization", "onnx")
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -102,7 +98,7 @@ def quantize(
     left_out = [node.name for node in model.graph.node if _is_temporal(node)]
 
     def run(temporary: Path) -> None:
-        with _quiet():
+        with quiet():
             quantization.quantize_static(
                 model,
                 temporary,
@@ -142,28 +138,3 @@ def metadata_of(info: weights.ModelInfo, part: str, **more: Any) -> dict[str, st
 def _is_temporal(node: Any) -> bool:
     """Whether a node comes from a temporal half (`ca3d.export.graphs._Lines`)."""
     return any("_Lines" in entry.value for entry in node.metadata_props if entry.key == _PLACE)
-
-
-def _import(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"export to ONNX needs {name.partition('.')[0]}, which is not installed; run: "
-            'pip install "ca3d-kernels[onnx]"'
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps back what exporter and quantizer say of their own progress."""
-    level = logging.root.manager.disable
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(level)

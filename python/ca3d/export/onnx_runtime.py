@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ca3d import weights
 from ca3d.errors import UserError
 from ca3d.export import STREAM_FILES, file_name
+from ca3d.export.packages import import_extra
 
 __all__ = ["OnnxClassifier", "OnnxGraph", "OnnxStream"]
 
@@ -44,13 +45,7 @@ class OnnxGraph:
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UserError(
-                "ONNX files need onnxruntime, which is not installed; run: "
-                'pip install "ca3d-kernels[onnx]"'
-            ) from error
+        onnxruntime = import_extra("onnxruntime", "onnx")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:

@@ -117,8 +117,10 @@ def export(config: ExportConfig, say: Callable[[str], None] = lambda line: None)
     info = dataclasses.replace(info, size=config.size or info.size)
     if not isinstance(model, CA3D):
         _refuse(config, info, model)
-    elif config.stream:
-        streaming.Stream(model.float(), _stride(config, model))
+    elif config.stream and config.stride > model.frames:
+        raise UserError(
+            f"--stride must be from 1 to the model's {model.frames} frames, not {config.stride}"
+        )
     backend = importlib.import_module(f"ca3d.export.to_{config.format}")
     parts = ["clip", *(STREAM_FILES if config.stream else ())]
     folder = _prepare_folder(config, parts)
@@ -198,14 +200,6 @@ def interleaved(
 
 
 Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-
-
-def _stride(config: ExportConfig, model: CA3D) -> int:
-    if config.stride > model.frames:
-        raise UserError(
-            f"--stride must be from 1 to the model's {model.frames} frames, not {config.stride}"
-        )
-    return config.stride
 
 
 def _refuse(config: ExportConfig, info: weights.ModelInfo, model: nn.Module) -> None:

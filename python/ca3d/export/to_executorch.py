@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +16,7 @@ from ca3d.errors import UserError
 from ca3d.export import file_name
 from ca3d.export.graphs import graphs_of
 from ca3d.export.options import ExportConfig
+from ca3d.export.packages import import_extra, quiet
 from ca3d.models.fused import FusedCA3D
 
 __all__ = ["classifier", "write"]
@@ -47,8 +43,10 @@ def write(
     Raises:
         ca3d.errors.UserError: executorch is missing or can't lower the model.
     """
-    exir = _import("executorch.exir")
-    xnnpack = _import("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    exir = import_extra("executorch.exir", "executorch")
+    xnnpack = import_extra(
+        "executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch"
+    )
     fused = ca3d.fuse(model, portable=True)
     if not isinstance(fused, FusedCA3D):
         raise UserError(f"{info.model}: only CA3D models are exported to ExecuTorch")
@@ -59,7 +57,7 @@ def write(
     module = module.to(memory_format=torch.contiguous_format)
     name = file_name("clip", "executorch")
     say(f"tracing and lowering {name}")
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.export.export(module, tuple(inputs.values()))
         try:
             lowered = exir.to_edge_transform_and_lower(
@@ -86,7 +84,7 @@ def classifier(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     Raises:
         ca3d.errors.UserError: executorch is missing or can't run the program.
     """
-    runtime = _import("executorch.runtime").Runtime.get()
+    runtime = import_extra("executorch.runtime", "executorch").Runtime.get()
     # The program's memory must live as long as its method.
     program = runtime.load_program(str(path))
     method = program.load_method("forward")
@@ -103,26 +101,3 @@ def classifier(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
 
     run.program = program  # type: ignore[attr-defined]
     return run
-
-
-def _import(name: str) -> Any:
-    try:
-        with _quiet():
-            return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            "export to ExecuTorch needs executorch, which is not installed; run: "
-            'pip install "ca3d-kernels[executorch]"'
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(level)

@@ -289,7 +289,7 @@ def test_a_missing_package_is_named(package, weights_path, tmp_path, monkeypatch
 
     monkeypatch.setitem(sys.modules, package, None)
     if package == "onnxruntime":
-        with pytest.raises(UserError, match=r"onnxruntime, .*ca3d-kernels\[onnx\]"):
+        with pytest.raises(UserError, match=r"onnxruntime is needed .*ca3d-kernels\[onnx\]"):
             OnnxGraph(weights_path)
     assert main(["export", "onnx", str(weights_path), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
