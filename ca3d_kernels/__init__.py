@@ -1,6 +1,7 @@
 """Fused kernels for local temporal attention and float16 pre-parameter training."""
 
 from ca3d_kernels.backends import UnsupportedInputError, use_backend
+from ca3d_kernels.folded_conv.functional import folded_conv
 from ca3d_kernels.local_attention.functional import (
     local_temporal_attention,
     local_temporal_attention_packed,
@@ -15,6 +16,7 @@ from ca3d_kernels.preparam_step.parametrization import (
     parametrize_with_pre_parameters,
     pre_parameter,
 )
+from ca3d_kernels.temporal_block.functional import temporal_block
 
 __all__ = [
     "LinearMapping",
@@ -23,6 +25,7 @@ __all__ = [
     "PreParamSGD",
     "PreParametrization",
     "UnsupportedInputError",
+    "folded_conv",
     "local_temporal_attention",
     "local_temporal_attention_packed",
     "norm_relu",
@@ -31,5 +34,6 @@ __all__ = [
     "pre_parameter",
     "published_key_table",
     "published_mapping",
+    "temporal_block",
     "use_backend",
 ]

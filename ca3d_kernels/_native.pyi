@@ -102,3 +102,40 @@ def normalise_backward(
     gradients: tuple[int, int],
     threads: int,
 ) -> None: ...
+
+# dtype, sizes, window, scale and key_table as above; number of convolutions.
+_TemporalBlock = tuple[
+    str, tuple[int, int, int, int, int], tuple[int, int, int, int], float, list[int], int
+]
+
+def temporal_block_filter_count(problem: _TemporalBlock) -> int: ...
+def temporal_block_filters(
+    problem: _TemporalBlock, column_weight: int, filters: int, threads: int
+) -> None: ...
+def temporal_block(
+    problem: _TemporalBlock,
+    weights: tuple[int, int, int, int, int, int, int, int],
+    x: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    threads: int,
+) -> None: ...
+def folded_conv_panel() -> int: ...
+def folded_conv(
+    dtype: str,
+    sizes: tuple[int, int, int, int, int, int],
+    filters: int,
+    affine: tuple[int, int, int, int],
+    x: int,
+    residual: int,
+    z: int,
+    threads: int,
+) -> None: ...
+def folded_epilogue(
+    dtype: str,
+    matrix: tuple[int, int],
+    affine: tuple[int, int, int, int],
+    y: int,
+    residual: int,
+    z: int,
+    threads: int,
+) -> None: ...

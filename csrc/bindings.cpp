@@ -11,15 +11,18 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 #include "common/pages.h"
+#include "folded_conv/folded_conv.h"
 #include "local_attention/local_attention.h"
 #include "norm_relu_conv/norm_relu_conv.h"
 #include "preparam_step/preparam_step.h"
+#include "temporal_block/temporal_block.h"
 
 using ca3d::parse_attention;
 using ca3d::parse_dtype;
@@ -136,6 +139,72 @@ void normalise_backward(const std::string& dtype, const std::array<int64_t, 2>& 
                            pointer<double>(gradients[0]), pointer<double>(gradients[1]), threads);
 }
 
+// What describes a problem of the temporal half: dtype, sizes, window, scale and key_table as for
+// local attention, and the number of convolutions.
+using TemporalBlockArguments =
+    std::tuple<std::string, std::array<int64_t, 5>, std::array<int64_t, 4>, double,
+               std::vector<int64_t>, int64_t>;
+
+ca3d::TemporalBlockProblem parse_temporal_block(const TemporalBlockArguments& arguments) {
+  const auto& [dtype, sizes, window, scale, key_table, convolutions] = arguments;
+  return {parse_attention(dtype, sizes, window, scale, key_table), convolutions};
+}
+
+// Addresses of a column_weight and of `temporal_block_filter_count` floats.
+void temporal_block_filters(const TemporalBlockArguments& arguments, int64_t column_weight,
+                            int64_t filters, int threads) {
+  const ca3d::TemporalBlockProblem problem = parse_temporal_block(arguments);
+  const py::gil_scoped_release release;
+  ca3d::temporal_block_filters(problem, pointer<const void>(column_weight), pointer<float>(filters),
+                               threads);
+}
+
+// weights are the addresses of the fields of TemporalBlockWeights, x and out (address, stride of
+// outer, frame, inner).
+void temporal_block(const TemporalBlockArguments& arguments, const std::array<int64_t, 8>& weights,
+                    const std::array<int64_t, 4>& x, const std::array<int64_t, 4>& out,
+                    int threads) {
+  const ca3d::TemporalBlockProblem problem = parse_temporal_block(arguments);
+  const auto at = [&](int i) { return pointer<const void>(weights[i]); };
+  const ca3d::TemporalBlockWeights parsed{
+      at(0), at(1), at(2), at(3), pointer<const float>(weights[4]), at(5), at(6), at(7)};
+  const auto clip = [](const std::array<int64_t, 4>& c) {
+    return ca3d::TemporalBlockClip{pointer<void>(c[0]), c[1], c[2], c[3]};
+  };
+  const py::gil_scoped_release release;
+  ca3d::temporal_block(problem, parsed, clip(x), clip(out), threads);
+}
+
+// Addresses of bias, scale, shift and residual_scale.
+using FoldedConvAddresses = std::array<int64_t, 4>;
+
+ca3d::FoldedConvAffine parse_affine(const FoldedConvAddresses& affine) {
+  const auto at = [&](int i) { return pointer<const float>(affine[i]); };
+  return {at(0), at(1), at(2), at(3)};
+}
+
+// sizes is (images, height, width, groups, inputs, outputs); residual may be 0.
+void folded_conv(const std::string& dtype, const std::array<int64_t, 6>& sizes, int64_t filters,
+                 const FoldedConvAddresses& affine, int64_t x, int64_t residual, int64_t z,
+                 int threads) {
+  const ca3d::FoldedConvProblem problem{parse_dtype(dtype), sizes[0], sizes[1], sizes[2],
+                                        sizes[3],           sizes[4], sizes[5]};
+  const py::gil_scoped_release release;
+  ca3d::folded_conv(problem, pointer<const float>(filters), parse_affine(affine),
+                    pointer<const void>(x), pointer<const void>(residual), pointer<void>(z),
+                    threads);
+}
+
+// matrix is (rows, channels); residual may be 0.
+void folded_epilogue(const std::string& dtype, const std::array<int64_t, 2>& matrix,
+                     const FoldedConvAddresses& affine, int64_t y, int64_t residual, int64_t z,
+                     int threads) {
+  const ca3d::DType parsed = parse_dtype(dtype);
+  const py::gil_scoped_release release;
+  ca3d::folded_epilogue(parsed, matrix[0], matrix[1], parse_affine(affine), pointer<const void>(y),
+                        pointer<const void>(residual), pointer<void>(z), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -169,6 +238,21 @@ PYBIND11_MODULE(_native, m) {
   m.def("normalise_backward", &normalise_backward, py::arg("dtype"), py::arg("matrix"),
         py::arg("relu"), py::arg("affine"), py::arg("eps"), py::arg("y"), py::arg("statistics"),
         py::arg("dz"), py::arg("more"), py::arg("dy"), py::arg("gradients"), py::arg("threads"));
+  m.def(
+      "temporal_block_filter_count",
+      [](const TemporalBlockArguments& arguments) {
+        return ca3d::temporal_block_filter_count(parse_temporal_block(arguments));
+      },
+      py::arg("problem"));
+  m.def("temporal_block_filters", &temporal_block_filters, py::arg("problem"),
+        py::arg("column_weight"), py::arg("filters"), py::arg("threads"));
+  m.def("temporal_block", &temporal_block, py::arg("problem"), py::arg("weights"), py::arg("x"),
+        py::arg("out"), py::arg("threads"));
+  m.def("folded_conv_panel", &ca3d::folded_conv_panel);
+  m.def("folded_conv", &folded_conv, py::arg("dtype"), py::arg("sizes"), py::arg("filters"),
+        py::arg("affine"), py::arg("x"), py::arg("residual"), py::arg("z"), py::arg("threads"));
+  m.def("folded_epilogue", &folded_epilogue, py::arg("dtype"), py::arg("matrix"), py::arg("affine"),
+        py::arg("y"), py::arg("residual"), py::arg("z"), py::arg("threads"));
   m.def("openmp", [] {
 #ifdef _OPENMP
     return std::to_string(_OPENMP);

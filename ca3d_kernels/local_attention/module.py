@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ca3d_kernels.local_attention.functional import (
     published_key_table,
     with_context,
 )
+from ca3d_kernels.local_attention.portable import PortableAttention
 from ca3d_kernels.qkv_attention import op as qkv_attention
 
 
@@ -130,6 +132,19 @@ class LocalTemporalAttention(nn.Module):
         """Number of frames in the window."""
         return self._options.kernel_size
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that `local_temporal_attention` is called with.
+
+        Example:
+            >>> LocalTemporalAttention(8, 2, kernel_size=3).options["kernel_size"]
+            3
+        """
+        options = self._options._asdict()
+        flat = options["key_table"]
+        table = torch.tensor(flat).view(self.heads, self.kernel_size, 2) if flat else None
+        return {**options, "key_table": table, "backend": options["backend"] or None}
+
     def reset_parameters(self) -> None:
         """Draws all weights from Xavier's normal distribution and sets the biases to 0.
 
@@ -210,6 +225,29 @@ class LocalTemporalAttention(nn.Module):
         folded = copy.deepcopy(self, memo)
         folded.qkv_bias = nn.Parameter(table.to(weight))
         return folded.requires_grad_(False)
+
+    def portable(self, frames: int) -> PortableAttention:
+        """The layer in a few of torch's own operators, for export to other runtimes.
+
+        Args:
+            frames: number of frames T of the clips.
+
+        Returns:
+            A layer that maps (1, C, T, N), one clip of N pixels, to the same shape; its parameters
+            are copies that need no gradient. No tensor in it has more than four dimensions.
+
+        Raises:
+            ValueError: the layer has an output projection, or a position table for another T.
+
+        Example:
+            >>> layer = LocalTemporalAttention(8, heads=2).portable(frames=4)
+            >>> layer(torch.zeros(1, 8, 4, 9)).shape
+            torch.Size([1, 8, 4, 9])
+        """
+        if self.out_proj is not None:
+            raise ValueError("portable takes a layer without output projection (out_proj=False)")
+        frames = check_count("frames", frames)
+        return PortableAttention(self.qkv_weight, self.qkv_bias, self.heads, frames, self._options)
 
     def _project(self, x: Tensor) -> Tensor:
         """QKV of pixels (B, T, N, C), as a view (B, N, heads, 3, T, head_dim)."""

@@ -5,6 +5,7 @@ device and in every floating dtype. Half-precision input is computed in float32 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,16 +55,29 @@ def window_frames(
     return phase + index * dilation, (index >= 0) & (index < length)
 
 
-def _sources(
-    q: Tensor,
+def sources(
+    heads: int,
+    frames: int,
     kernel_size: int,
     dilation: int,
     causal: bool,
     edge: str,
     key_table: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Row of the (heads * T, head_dim) keys that each (head, frame, slot) meets, and its mask."""
-    heads, frames = q.shape[-3:-1]
+    """Row of the (heads * T, head_dim) keys that each head, frame and slot meets, and its mask.
+
+    Args:
+        heads, frames: numbers of heads and of frames T.
+        kernel_size, dilation, causal, edge, key_table: see `attention`.
+
+    Returns:
+        (heads, T, K): the rows (int64), and whether the slot lies in the clip (bool). Rows of slots
+        outside the clip are those of other frames.
+
+    Example:
+        >>> sources(1, 3, 3, 1, False, "truncate", None)[0].tolist()
+        [[[0, 0, 1], [0, 1, 2], [1, 2, 2]]]
+    """
     frame, inside = window_frames(frames, kernel_size, dilation, causal, edge)
     if key_table:
         table = torch.tensor(key_table).view(heads, 1, kernel_size, 2)
@@ -75,6 +89,12 @@ def _sources(
         head = torch.arange(heads).view(heads, 1, 1)
         inside = inside.expand(heads, -1, -1)
     rows = head * frames + frame.clamp(0, frames - 1)
+    return rows, inside
+
+
+def _sources(q: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
+    """`sources` of the heads and frames of q, on its device."""
+    rows, inside = sources(*q.shape[-3:-1], *window)
     return rows.to(q.device), inside.to(q.device)
 
 

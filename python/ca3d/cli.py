@@ -74,6 +74,7 @@ COMMANDS = (
             "ca3d predict new.mp4 --weights runs/mine",
             "ca3d predict new.mp4 --weights runs/mine --picture timeline.png",
             "ca3d predict folder --weights runs/mine --json > labels.json",
+            "ca3d predict new.mp4 --weights exported --runtime onnx",
         ),
     ),
     Command(
@@ -103,6 +104,19 @@ COMMANDS = (
         (
             "ca3d convert ca3d_f16.pt --out ca3d.safetensors --classes classes.txt"
             " --mean 0.4 0.4 0.4 --std 0.2 0.2 0.2",
+        ),
+    ),
+    Command(
+        "export",
+        "ca3d.export.options:ExportConfig",
+        "export",
+        "write a model for ONNX Runtime or ExecuTorch, run it there, compare",
+        (
+            "ca3d export onnx runs/mine --out exported",
+            "ca3d export onnx runs/mine --out exported-int8 --precision int8"
+            " --calibration my_videos --check-data my_videos",
+            "ca3d export onnx runs/mine --out exported-stream --stream --stride 2",
+            "ca3d export executorch runs/mine --out exported-pte",
         ),
     ),
     Command(
@@ -150,6 +164,16 @@ COMMANDS = (
         (
             "ca3d footprint",
             "ca3d footprint --models ca3d,ca3d_l --regimes float32,float16 --json footprint.json",
+        ),
+    ),
+    Command(
+        "bench",
+        "ca3d.edge_bench:BenchConfig",
+        "bench",
+        "measure latency and memory: whole clips and streams, in each runtime",
+        (
+            "ca3d bench edge",
+            "ca3d bench edge --runtimes onnx --precisions float32,float16,int8 --json edge.json",
         ),
     ),
     Command(
@@ -442,6 +466,8 @@ def _check_required(name: str, config: Any) -> None:
         "watch": ("source", "weights"),
         "calibrate": ("weights", "data"),
         "convert": ("input", "out"),
+        "export": ("format", "weights", "out"),
+        "bench": ("suite",),
         "data make": ("name", "out"),
         "data check": ("data",),
         "data cache": ("data",),

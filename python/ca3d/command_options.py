@@ -21,7 +21,12 @@ class PredictConfig:
     """
 
     path: str = option("", "Video file, or folder of videos", "Input", positional=True)
-    weights: str = option("", "Weights file (.safetensors) or run folder", "Input")
+    weights: str = option(
+        "",
+        "Weights file (.safetensors) or run folder; with --runtime onnx a folder of"
+        " `ca3d export onnx` or its clip.onnx",
+        "Input",
+    )
     top_k: int = option(5, "Classes in each answer", "Answer")
     overlap: float = option(0.5, "Share of a window that the next one sees again", "Answer")
     windows: bool = option(False, "Show every window, not only whole videos", "Answer")
@@ -30,6 +35,7 @@ class PredictConfig:
         None, "PNG of frames above the label timeline; for a folder of videos, a folder", "Answer"
     )
     batch_size: int = option(8, "Windows computed at once", "Run")
+    runtime: Literal["torch", "onnx"] = option("torch", "What computes the model", "Run")
     device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)", "Run")
     decoder: Literal["auto", "av", "torchcodec"] = option("auto", "Video decoder", "Run")
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         SplitConfig,
     )
     from ca3d.demo import DemoConfig
+    from ca3d.edge_bench import BenchConfig
     from ca3d.evaluate import EvalConfig
+    from ca3d.export.options import ExportConfig
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.training.config import TrainConfig
@@ -114,7 +116,7 @@ def predict(config: PredictConfig) -> int:
             raise UserError(f"{flag} must be {allowed}, not {getattr(config, name)}")
     videos = find_videos(config.path)
     predictor = Predictor.from_file(
-        config.weights, None if config.device == "auto" else config.device
+        config.weights, None if config.device == "auto" else config.device, config.runtime
     )
     single = not Path(config.path).is_dir()
     found: list[Prediction] = []
@@ -206,6 +208,25 @@ def convert(config: ConvertConfig) -> None:
     ]
     if missing:
         print(f"not known: {', '.join(missing)}; `ca3d predict` and `eval` need them")
+
+
+def export(config: ExportConfig) -> None:
+    """Exports a model, and prints how the files compare with it.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.export.run import export as run
+
+    result = run(config, lambda line: print(line, file=sys.stderr))
+    if config.json:
+        print(_json(result.to_dict()))
+        return
+    for comparison in result.comparisons:
+        print(comparison)
+    if result.accuracy is not None:
+        print(result.accuracy)
+    print(f"{result.folder}: {config.format}, {config.precision}")
 
 
 def data_make(config: MakeConfig) -> None:
@@ -339,6 +360,19 @@ def footprint(config: FootprintConfig) -> None:
     """
     from ca3d.footprint import as_text
     from ca3d.footprint import footprint as run
+
+    rows = run(config, lambda line: print(line, file=sys.stderr))
+    print(as_text(rows))
+
+
+def bench(config: BenchConfig) -> None:
+    """Measures latency and memory, and prints a table.
+
+    Args:
+        config: The options.
+    """
+    from ca3d.edge_bench import as_text
+    from ca3d.edge_bench import bench as run
 
     rows = run(config, lambda line: print(line, file=sys.stderr))
     print(as_text(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,22 +154,42 @@ class Predictor:
         self._normalize = Normalize(info.mean, info.std, info.color)
 
     @classmethod
-    def from_file(cls, file: str | Path, device: str | None = None) -> Predictor:
-        """Loads a weights file.
+    def from_file(
+        cls, file: str | Path, device: str | None = None, runtime: str = "torch"
+    ) -> Predictor:
+        """Loads a weights file, or what `ca3d export onnx` made of it.
 
         Args:
-            file: A `.safetensors` file, or the folder of a run (its best weights).
+            file: A `.safetensors` file, or the folder of a run (its best weights); for "onnx" an
+                exported folder or its clip.onnx.
             device: "cpu", "cuda" ...; None takes CUDA when there is one.
+            runtime: "torch", or "onnx" for ONNX Runtime on the CPU.
 
         Returns:
             The predictor.
 
         Raises:
-            ca3d.errors.UserError: The file is missing, damaged or incomplete.
+            ca3d.errors.UserError: The file is missing, damaged or incomplete, or the runtime is
+                missing or can't compute on the device.
+            ValueError: An unknown runtime.
         """
-        file = weights_file(file)
-        place = choose_device(device or "auto")
-        model, info = weights.load(file, device=str(place))
+        if runtime not in ("torch", "onnx"):
+            raise ValueError(f"runtime must be torch or onnx, got {runtime!r}")
+        if runtime == "onnx":
+            from ca3d.export.onnx_runtime import OnnxClassifier
+
+            if device not in (None, "auto", "cpu"):
+                raise UserError(f"ONNX Runtime computes on the CPU here, not on {device}")
+            exported = OnnxClassifier(file)
+            model: nn.Module = exported
+            # Whatever the precision inside, clips and logits are float32.
+            info, place = replace(exported.info, precision="float32"), torch.device("cpu")
+        elif Path(file).suffix == ".onnx":
+            raise UserError(f"{file}: an exported file; use it with --runtime onnx")
+        else:
+            file = weights_file(file)
+            place = choose_device(device or "auto")
+            model, info = weights.load(file, device=str(place))
         try:
             return cls(model, info, place)
         except UserError as error:

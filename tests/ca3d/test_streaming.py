@@ -9,6 +9,7 @@ import torch
 from tiny_videos import bar_video, write_video
 from torch.utils.flop_counter import FlopCounterMode
 
+import ca3d
 import ca3d.data.reader
 import ca3d.errors
 import ca3d.predict
@@ -159,6 +160,20 @@ def test_bfloat16_streams_by_autocast(video, whole):
         clip = regimes.Bfloat16().forward(model, video[None, :, :FRAMES])[0]
     assert torch.allclose(logits, clip, atol=2**-6 * float(clip.abs().max()), rtol=0)
     assert not torch.equal(logits, expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("pool", ["paper", "published"])
+def test_fused_models_stream_alike(pool, dtype, video, whole):
+    model, _ = whole(pool, dtype)
+    fused = ca3d.fuse(model)
+    regime = regimes.Float16() if dtype == torch.float16 else regimes.Regime()
+    for stride in (1, 2, 5):
+        for end, logits in drain(Stream(fused, stride), video[:, :24], [1] * 24).items():
+            clip = video[None, :, end - FRAMES : end].to(dtype)
+            with torch.no_grad(), regime.autocast("cpu"):
+                expected = fused(clip)[0].float()
+            assert (logits - expected).abs().max() <= tolerance(dtype, expected)
 
 
 def test_streams_together_equal_streams_alone(video, whole):

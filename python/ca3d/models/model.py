@@ -40,7 +40,6 @@ class CA3D(nn.Module):
         options: keyword arguments (`num_classes` among them) that rebuild the model.
         layers: the parts in order, by name: spatial1, ..., pool3, position, temporal3, ...
         frames: frames of a clip.
-        frames_per_unit: frames that `encode_pairs` makes one of: 2, or 1 without a time pool.
         head: mean, normalisation and dropout.
         classifier: the final linear layer.
 
@@ -75,7 +74,6 @@ class CA3D(nn.Module):
         temporal = [i for i, n in enumerate(names) if n.startswith(("position", "temporal"))]
         self._clip_start = min(temporal, default=len(names))
         self._pair_start = min(pools, default=self._clip_start)
-        self.frames_per_unit = 2 if pools and config.frames > 1 else 1
         initialize(self)
 
     def forward(self, clip: Tensor) -> Tensor:
@@ -100,6 +98,16 @@ class CA3D(nn.Module):
             )
         self.head.check_batch(clip.shape[0])
         return self.classify(self.encode_clip(self.encode_pairs(self.encode_frames(clip))))
+
+    @property
+    def frames_per_unit(self) -> int:
+        """Frames that `encode_pairs` makes one of: 2, or 1 where there is nothing to pool.
+
+        Example:
+            >>> ca3d_tiny(num_classes=5).frames_per_unit
+            2
+        """
+        return 2 if self._pair_start < self._clip_start and self.frames > 1 else 1
 
     def encode_frames(self, clip: Tensor) -> Tensor:
         """The part that treats every frame by itself, up to the first time pool.

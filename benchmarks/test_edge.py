@@ -1,0 +1,69 @@
+"""Streaming against whole clips, and int8 against float32 in ONNX Runtime.
+
+Models have random weights; int8 is calibrated on noise, which does not change its speed. Its
+accuracy is measured by `ca3d export onnx --precision int8 --check-data`, on videos.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interleaved import interleave
+
+import ca3d
+from ca3d.edge_bench import BenchConfig, make_candidates
+from ca3d.models import create
+from ca3d.streaming import Stream
+
+CLASSES, FRAMES, SIZE, THREADS = 101, 16, 112, 2
+GROUP = "edge: one window of 16x112x112, float32"
+
+
+@pytest.mark.benchmark(group=GROUP)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "eager"])
+@pytest.mark.parametrize("preset", [None, "published"], ids=["paper", "published"])
+def test_streaming(benchmark: Any, preset: str | None, fused: bool) -> None:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    model = create("ca3d", CLASSES, preset=preset).eval()
+    if fused:
+        model = ca3d.fuse(model)
+    video = torch.randn(3, FRAMES, SIZE, SIZE)
+
+    @torch.no_grad()
+    def clip() -> None:
+        model(video[None])
+
+    def step(stride: int) -> Any:
+        stream, new = Stream(model, stride), video[:, :stride].contiguous()
+        stream.push(video)
+        return lambda: stream.push(new)
+
+    runs = {"clip": clip, **{f"stream by {s}": step(s) for s in (1, 2, 4)}}
+    timings = interleave(runs, rounds=15, warmup=2, budget=30)
+    for name in list(runs)[1:]:
+        benchmark.extra_info[f"{name} / clip, time"] = round(timings.ratio(name, "clip"), 3)
+    benchmark.pedantic(runs["stream by 1"], rounds=3)
+
+
+@pytest.mark.benchmark(group=GROUP)
+def test_onnx_runtime(benchmark: Any, tmp_path: Path) -> None:
+    config = BenchConfig("edge", peers="", runtimes="torch,onnx", strides="1")
+    candidates = make_candidates(config, tmp_path)
+    torch.set_num_threads(THREADS)
+    runs = {
+        f"{c.runtime} {c.precision} {'clip' if c.stride is None else 'stream'}": c.load(THREADS)[0]
+        for c in candidates
+    }
+    timings = interleave(runs, rounds=15, warmup=2, budget=30)
+    for name, other in (
+        ("onnx float32 clip", "onnx int8 clip"),
+        ("onnx float32 clip", "torch float32 clip"),
+        ("onnx float32 stream", "onnx float32 clip"),
+        ("onnx int8 stream", "onnx int8 clip"),
+        ("onnx int8 stream", "torch float32 stream"),
+    ):
+        ratio = timings.ratio(name, other)
+        benchmark.extra_info[f"{name} / {other}, time"] = round(ratio, 3)
+    benchmark.pedantic(runs["onnx int8 clip"], rounds=3)

@@ -1,0 +1,1 @@
+"""Convolution, ReLU, folded normalisation and residual sum in one step, for inference."""

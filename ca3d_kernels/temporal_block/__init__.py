@@ -1,0 +1,1 @@
+"""The temporal half of a CAST block with folded normalisations as one op, for inference."""
