@@ -60,7 +60,7 @@ class Feed:
         self._stopping = threading.Event()
         self._began = 0.0
         self._reached = 0.0
-        self._offset = 0.0
+        self._offset: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Feed:
@@ -106,9 +106,10 @@ class Feed:
             request = self.request
             if request.kind == "file" and self._reached:
                 request = dataclasses.replace(request, begin=self._reached + _LEAP_SECONDS)
-            # A camera's clock begins anew with every connection; ours goes on.
-            self._offset = time.monotonic() - self._began if request.kind != "file" else 0.0
+            self._offset = None if request.kind != "file" else 0.0
             self._process = DecoderProcess(request, self.silence)
+            if self._stopping.is_set():
+                return
             last = self._process.run(self._hand_on)
             if self._stopping.is_set():
                 return
@@ -134,9 +135,12 @@ class Feed:
 
     def _hand_on(self, message: Frame | Notice) -> None:
         if isinstance(message, Frame):
+            if self._offset is None:
+                # A camera's clock begins anew with every connection; ours goes on.
+                self._offset = time.monotonic() - self._began - message.time
             message = dataclasses.replace(message, time=message.time + self._offset)
             self._reached = max(self._reached, message.time)
         elif message.kind == "gap":
-            start = message.values["start"] + self._offset
+            start = message.values["start"] + (self._offset or 0.0)
             message = dataclasses.replace(message, values={**message.values, "start": start})
         self.buffer.put(message)

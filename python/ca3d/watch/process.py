@@ -61,6 +61,8 @@ class DecoderProcess:
             The last message; of kind `lost` when the process died without one.
         """
         self._process = self._start()
+        if self._stopped.is_set():  # While it was being started.
+            self.stop()
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._heard = time.monotonic() + _START_SECONDS
