@@ -88,6 +88,22 @@ def test_only_half_tensors_are_kept(name: str) -> None:
     assert {x.dtype for x in kept} == {torch.float16}
 
 
+def test_a_result_may_be_missing() -> None:
+    """`nn.MultiheadAttention` returns None in place of the weights that nobody asked for."""
+    layer = nn.MultiheadAttention(8, 2, batch_first=True).half()
+    wide = nn.MultiheadAttention(8, 2, batch_first=True)
+    wide.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 8).half()
+    exact = wide(*[x.float()] * 3, need_weights=False)[0]
+    with HalfStorage():
+        ours, weights = layer(x, x, x, need_weights=False)
+    assert weights is None
+    assert torch.allclose(ours.float(), exact, rtol=2e-3, atol=2e-3)
+    (found,) = torch.autograd.grad(ours.sum(), layer.in_proj_weight)
+    (truth,) = torch.autograd.grad(exact.sum(), wide.in_proj_weight)
+    assert torch.allclose(found.float(), truth, rtol=2e-3, atol=2e-3)
+
+
 def test_a_network_trains_as_in_float32() -> None:
     network = nn.Sequential(
         nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.AvgPool3d(2), nn.Flatten(),
