@@ -142,6 +142,8 @@ COMMANDS = (
         (
             "ca3d footprint",
             "ca3d footprint --models ca3d,ca3d_l --regimes float32,float16 --json footprint.json",
+            "ca3d footprint --models all --regimes float32,qat,float16 --batch 4",
+            "ca3d footprint --models r3d_18,ca3d:pool=published --regimes float32",
         ),
     ),
     Command(
@@ -167,7 +169,7 @@ COMMANDS = (
     ),
     Command(
         "study results",
-        "ca3d.experiments.results_study:ResultsConfig",
+        "ca3d.experiments.results_study:ResultsStudyConfig",
         "study_results",
         "compare small models at equal multiply-adds, with controls",
         (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ca3d.experiments.claims_study import ClaimsConfig
     from ca3d.experiments.compare import CompareConfig
     from ca3d.experiments.precision_study import PrecisionStudyConfig
-    from ca3d.experiments.results_study import ResultsConfig
+    from ca3d.experiments.results_study import ResultsStudyConfig
     from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.results import ResultsConfig
@@ -351,8 +351,8 @@ def footprint(config: FootprintConfig) -> None:
     Args:
         config: The options.
     """
-    from ca3d.footprint import as_text
     from ca3d.footprint import footprint as run
+    from ca3d.report.footprint_table import as_text
 
     rows = run(config, lambda line: print(line, file=sys.stderr))
     print(as_text(rows))
@@ -381,7 +381,7 @@ def study_precision(config: PrecisionStudyConfig) -> None:
     print(f"report: {run(config)}")
 
 
-def study_results(config: ResultsConfig) -> None:
+def study_results(config: ResultsStudyConfig) -> None:
     """Compares small models, and says where the report is.
 
     Args:

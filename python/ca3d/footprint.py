@@ -1,4 +1,9 @@
-"""What a model costs: memory of a training step by kind, and speed in training and inference."""
+"""What a model costs: memory of a training step by kind, and speed in training and inference.
+
+Models are measured as they are shipped, by their libraries or by this package; those of
+convolutions also on the engine that CA3D has (`ca3d.models.engine`), so that two tables keep apart
+what an architecture costs and what its implementation does.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +15,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ca3d import models, precision
 from ca3d.errors import UserError
+from ca3d.models import engine
 from ca3d.options import option
 from ca3d.training.device import choose_device
 
 CLASSES = 101
+#: The models of the paper's comparison, with CA3D as its code has it.
+ALL = (
+    "r3d_18", "r2plus1d_18", "r2plus1d_18_15m", "i3d", "x3d_xl", "stam_b", "timesformer_b",
+    "vivit_2", "swin3d_t", "tubevit_b", "ca3d", "ca3d:pool=published", "ca3d_l",
+    "ca3d_l:pool=published",
+)  # fmt: skip
+SHIPPED, SAME, BOTH = "as shipped", "same engine", "both"
 
 
 @dataclass
@@ -32,11 +45,19 @@ class FootprintConfig:
         4
     """
 
-    models: str = option("ca3d", "Models, separated by commas")
+    models: str = option(
+        "ca3d",
+        "Models, separated by commas, each NAME or NAME:OPTION=VALUE:...; 'all' are the paper's",
+    )
     regimes: str = option("float32,float16", "Precision regimes, separated by commas")
     batch: int = option(4, "Clips in a batch")
     frames: int = option(16, "Frames in a clip")
     size: int = option(112, "Height and width of a clip in pixels")
+    engines: Literal["both", "shipped", "same"] = option(
+        "both",
+        "'shipped': as the libraries have them; 'same': convolutional models on CA3D's layout,"
+        " convolutions and normalisation",
+    )
     rounds: int = option(5, "Timed rounds; each measures every row once")
     threads: int | None = option(None, "Threads (default: torch's)")
     device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)")
@@ -50,7 +71,8 @@ class FootprintConfig:
             if value is not None and value < least:
                 raise UserError(f"--{name} must be at least {least}, not {value}")
         known = models.names()
-        for name in _words(self.models):
+        for spec in _specs(self.models):
+            name, _ = _name_and_options(spec)
             if name not in known:
                 raise UserError(f"model {name!r} is not known; choose from {', '.join(known)}")
         for name in _words(self.regimes):
@@ -92,7 +114,8 @@ def footprint(
         progress: Called with a line about what is being measured.
 
     Returns:
-        A dictionary for each row: model, regime, batch, clip, parameters, macs,
+        A dictionary for each row: model, regime, engine ("as shipped", "same engine", or "both" of
+        CA3D, which has no other), batch, clip, parameters, macs, two_macs,
         train_frames_per_second, infer_frames_per_second, peak_train_bytes and memory (a `Memory`).
 
     Raises:
@@ -102,29 +125,33 @@ def footprint(
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    pairs = [(m, r) for m in _words(config.models) for r in _words(config.regimes)]
     rows, jobs = [], []
-    for name, regime in pairs:
-        progress(f"memory of {name} in {regime}")
-        memory = _memory_apart(config, name, regime, device)
-        job = Job(config, name, regime, device)
-        parameters = sum(p.numel() for p in job.model.parameters())
+    for spec in _specs(config.models):
+        plain = _on_meta(config, spec)
+        parameters = sum(p.numel() for p in plain.parameters())
         clip = [3, config.frames, config.size, config.size]
-        rows.append(
-            {
-                "model": name,
-                "regime": regime,
-                "batch": config.batch,
-                "clip": clip,
-                "parameters": parameters,
-                "macs": _macs(config, name, (1, *clip)),
-                "device": str(device),
-                "threads": torch.get_num_threads(),
-                "peak_train_bytes": memory.peak,
-                "memory": asdict(memory),
-            }
-        )
-        jobs.append(job)
+        macs = models.count_macs(plain, (1, *clip))["total"]
+        for regime, kind in _variants(config, plain):
+            progress(f"memory of {spec} in {regime}, {kind}")
+            memory = _memory_apart(config, spec, regime, kind, device)
+            job = Job(config, spec, regime, kind, device)
+            rows.append(
+                {
+                    "model": spec,
+                    "regime": regime,
+                    "engine": kind,
+                    "batch": config.batch,
+                    "clip": clip,
+                    "parameters": parameters,
+                    "macs": macs,
+                    "two_macs": 2 * macs,
+                    "device": str(device),
+                    "threads": torch.get_num_threads(),
+                    "peak_train_bytes": memory.peak,
+                    "memory": asdict(memory),
+                }
+            )
+            jobs.append(job)
     progress("speed")
     for key, run, frames in (
         ("train_frames_per_second", Job.train, config.batch * config.frames),
@@ -138,27 +165,34 @@ def footprint(
 
 
 class Job:
-    """One model in one regime, ready to train and to infer.
+    """One model in one regime on one engine, ready to train and to infer.
 
     Args:
         config: The options.
-        name: Of the model.
+        spec: Model, with options or without.
         regime: Of the precision.
+        kind: Of the engine, as in a row.
         device: Where to compute.
     """
 
     def __init__(
-        self, config: FootprintConfig, name: str, regime: str, device: torch.device
+        self, config: FootprintConfig, spec: str, regime: str, kind: str, device: torch.device
     ) -> None:
         torch.manual_seed(0)
         self.regime = precision.create(regime)
         self.device = device
-        model = models.create(name, num_classes=CLASSES, frames=config.frames)
+        self.same = kind == SAME
+        model = _create(config, spec)
+        if self.same:
+            model = engine.same_engine(model)
         self.model = self.regime.prepare(model.to(device))
+        self._folded: nn.Module | None = None
         self.parameters = list(self.model.parameters())
         self.optimizer = self.regime.optimizer("sgd", self.parameters, lr=1e-4, weight_decay=5e-3)
         shape = (config.batch, 3, config.frames, config.size, config.size)
         self.clips = torch.randn(shape, device=device)
+        if self.same:
+            self.clips = self.clips.contiguous(memory_format=torch.channels_last_3d)
         self.labels = torch.arange(config.batch, device=device) % CLASSES
 
     def train(self) -> None:
@@ -174,46 +208,18 @@ class Job:
 
     @torch.no_grad()
     def infer(self) -> None:
-        """Classifies one clip."""
-        self.model.eval()
-        self.regime.forward(self.model, self.clips[:1])
+        """Classifies one clip; on the same engine, with normalisations folded where they can be."""
+        if self.same:
+            if self._folded is None:
+                self._folded = engine.folded(self.model)
+            self.regime.forward(self._folded, self.clips[:1])
+        else:
+            self.regime.forward(self.model.eval(), self.clips[:1])
 
     def synchronize(self) -> None:
         """Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def as_text(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table.
-
-    Args:
-        rows: What `footprint` returned.
-
-    Example:
-        >>> as_text([])
-        'nothing was measured'
-    """
-    if not rows:
-        return "nothing was measured"
-    lines = [
-        f"{'model':<12} {'regime':<18} {'MACs/clip':>10} {'train fr/s':>11} {'infer fr/s':>11} "
-        f"{'peak MB':>8}   weights + gradients + optimizer + activations + transient (MB)"
-    ]
-    for row in rows:
-        parts = ["weights", "gradients", "optimizer", "activations", "transient"]
-        memory = " + ".join(f"{row['memory'][part] / 1e6:.0f}" for part in parts)
-        lines.append(
-            f"{row['model']:<12} {row['regime']:<18} {row['macs'] / 1e9:>9.2f}G "
-            f"{row['train_frames_per_second']:>11.1f} {row['infer_frames_per_second']:>11.1f} "
-            f"{row['peak_train_bytes'] / 1e6:>8.0f}   {memory}"
-        )
-    first = rows[0]
-    lines.append(
-        f"batch {first['batch']}, clip {'x'.join(map(str, first['clip']))}, {first['device']}, "
-        f"{first['threads']} threads; medians of interleaved rounds; inference is of one clip"
-    )
-    return "\n".join(lines)
 
 
 def _words(text: str) -> list[str]:
@@ -223,9 +229,48 @@ def _words(text: str) -> list[str]:
     return words
 
 
-def _macs(config: FootprintConfig, name: str, clip: tuple[int, ...]) -> int:
-    model = models.create(name, num_classes=CLASSES, frames=config.frames)
-    return models.count_macs(model, clip)["total"]
+def _specs(text: str) -> list[str]:
+    return [spec for word in _words(text) for spec in (ALL if word == "all" else (word,))]
+
+
+def _name_and_options(spec: str) -> tuple[str, dict[str, Any]]:
+    """Of "ca3d:pool=published:frames=8"; values are JSON where they can be, and text elsewhere."""
+    name, *settings = spec.split(":")
+    options = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise UserError(f"--models {spec!r}: {setting!r} is not OPTION=VALUE")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return name, options
+
+
+def _create(config: FootprintConfig, spec: str) -> nn.Module:
+    name, options = _name_and_options(spec)
+    shape = {"frames": config.frames, "size": config.size}
+    try:
+        return models.create_for_clips(name, num_classes=CLASSES, **{**shape, **options})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--models {spec}: {error}") from error
+
+
+def _on_meta(config: FootprintConfig, spec: str) -> nn.Module:
+    with torch.device("meta"):
+        return _create(config, spec)
+
+
+def _variants(config: FootprintConfig, model: nn.Module) -> list[tuple[str, str]]:
+    """Regimes and engines to measure a model in."""
+    if isinstance(model, models.CA3D):
+        kinds = [{"both": BOTH, "shipped": SHIPPED, "same": SAME}[config.engines]]
+    else:
+        kinds = [SHIPPED] if config.engines != "same" else []
+        if config.engines != "shipped" and engine.is_convolutional(model):
+            kinds.append(SAME)
+    return [(regime, kind) for regime in _words(config.regimes) for kind in kinds]
 
 
 def _interleaved(jobs: Sequence[Job], run: Callable[[Job], None], rounds: int) -> list[float]:
@@ -245,20 +290,25 @@ def _interleaved(jobs: Sequence[Job], run: Callable[[Job], None], rounds: int) -
 # ---- memory ----
 
 
-def _memory_apart(config: FootprintConfig, name: str, regime: str, device: torch.device) -> Memory:
+def _memory_apart(
+    config: FootprintConfig, spec: str, regime: str, kind: str, device: torch.device
+) -> Memory:
     """Measures in a fresh process, whose largest resident set is of this row alone."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(measure_memory, (config, name, regime, str(device)))
+        return pool.apply(measure_memory, (config, spec, regime, kind, str(device)))
 
 
-def measure_memory(config: FootprintConfig, name: str, regime: str, device: str) -> Memory:
+def measure_memory(
+    config: FootprintConfig, spec: str, regime: str, kind: str, device: str
+) -> Memory:
     """Measures the memory of training steps in this process, which must have done nothing else.
 
     Args:
         config: The options.
-        name: Of the model.
+        spec: Model, with options or without.
         regime: Of the precision.
+        kind: Of the engine, as in a row.
         device: Where to compute.
 
     Returns:
@@ -270,12 +320,13 @@ def measure_memory(config: FootprintConfig, name: str, regime: str, device: str)
     if precision.create(regime).compact:
         precision.return_freed_memory()
     # What libraries load at their first use is no cost of the model.
+    _on_meta(config, spec)
     small = FootprintConfig(batch=2, frames=config.frames, size=32)
-    Job(small, "ca3d_tiny", regime, place).train()
+    Job(small, "ca3d_tiny", regime, SHIPPED, place).train()
     before = _used(place, largest=False)
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
-    job = Job(config, name, regime, place)
+    job = Job(config, spec, regime, kind, place)
     job.train()
     job.model.train()
     activations = _kept(job)

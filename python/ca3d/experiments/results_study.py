@@ -21,7 +21,7 @@ from ca3d.options import option
 from ca3d.training.checkpoint import write_file
 from ca3d.training.logs import write_csv
 
-__all__ = ["MODELS", "SCALES", "ResultsConfig", "plans", "run"]
+__all__ = ["MODELS", "SCALES", "ResultsStudyConfig", "plans", "run"]
 
 MODELS = ("ca3d_tiny", "r3d_tiny", "r2plus1d_tiny", "x3d_tiny", "timesformer_tiny")
 REGIMES = ("float32", "qat", "float16")
@@ -42,14 +42,14 @@ SCALES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @dataclass
-class ResultsConfig(StudyOptions):
+class ResultsStudyConfig(StudyOptions):
     """Every option of `ca3d study results`.
 
     Raises:
         ca3d.errors.UserError: From `validate`.
 
     Example:
-        >>> ResultsConfig().seeds
+        >>> ResultsStudyConfig().seeds
         5
     """
 
@@ -73,7 +73,7 @@ class ResultsConfig(StudyOptions):
         check_words("--regimes", self.regimes, REGIMES)
 
 
-def plans(config: ResultsConfig) -> dict[str, Plan]:
+def plans(config: ResultsStudyConfig) -> dict[str, Plan]:
     """The comparison on each data set.
 
     Args:
@@ -81,7 +81,7 @@ def plans(config: ResultsConfig) -> dict[str, Plan]:
 
     Example:
         >>> {name: len(plan.cells({m: 0.1 for m in MODELS}))
-        ...  for name, plan in plans(ResultsConfig()).items()}
+        ...  for name, plan in plans(ResultsStudyConfig()).items()}
         {'motion-order': 125, 'mocap30': 125}
     """
     data, recipe = SCALES[config.scale]
@@ -101,7 +101,7 @@ def plans(config: ResultsConfig) -> dict[str, Plan]:
     }
 
 
-def run(config: ResultsConfig) -> Path:
+def run(config: ResultsStudyConfig) -> Path:
     """Runs what is missing of the study, and writes its report.
 
     Args:
@@ -127,7 +127,7 @@ def run(config: ResultsConfig) -> Path:
 
 
 def _lines(
-    config: ResultsConfig, todo: Mapping[str, Plan], rows: Mapping[str, Row], report: Path
+    config: ResultsStudyConfig, todo: Mapping[str, Plan], rows: Mapping[str, Row], report: Path
 ) -> list[str]:
     data, recipe = SCALES[config.scale]
     taken = sum(row["cpu_seconds"] for row in rows.values()) / 3600
@@ -165,7 +165,7 @@ def _lines(
     return lines
 
 
-def _macs(config: ResultsConfig, data: Mapping[str, Any]) -> list[str]:
+def _macs(config: ResultsStudyConfig, data: Mapping[str, Any]) -> list[str]:
     shape = (1, 3, data["frames"], data["size"], data["size"])
     rows = []
     for name in words(config.models):

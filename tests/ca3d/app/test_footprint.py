@@ -8,6 +8,7 @@ import pytest
 from ca3d.cli import main
 from ca3d.errors import UserError
 from ca3d.footprint import FootprintConfig, footprint
+from ca3d.report.footprint_table import as_text
 
 SMALL = ["--models", "ca3d_tiny", "--size", "64", "--batch", "2", "--rounds", "1", "--threads", "1"]
 
@@ -28,10 +29,51 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         memory = row["memory"]
         assert memory["gradients"] == row["parameters"] * (4 if row is wide else 2)
         assert 0 < memory["activations"] < 5 * row["peak_train_bytes"]
-        assert f"{row['regime']} " in table
+        assert row["engine"] == "both"
+        assert row["two_macs"] == 2 * row["macs"]
+    for title in ("As shipped", "Same engine"):
+        assert table.count(title) == 1
+    assert len([line for line in table.splitlines() if line.startswith("ca3d_tiny ")]) == 6
+    assert "GFLOPs come from a hardware counter" not in table  # of models that the paper has not
     # Momentum in float32; momentum and theta in float16.
     assert wide["memory"]["optimizer"] == half["memory"]["optimizer"] == 4 * wide["parameters"]
     assert half["memory"]["activations"] < 0.6 * wide["memory"]["activations"]
+
+
+def test_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A convolutional model is measured on both, one of tokens as it is shipped."""
+    small = ["--size", "32", "--batch", "2", "--rounds", "1", "--threads", "1"]
+    file = tmp_path / "rows.json"
+    arguments = [*small, "--models", "r3d_tiny:size=32,swin3d_tiny", "--regimes", "qat"]
+    assert main(["footprint", *arguments, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [(row["model"], row["engine"]) for row in rows] == [
+        ("r3d_tiny:size=32", "as shipped"),
+        ("r3d_tiny:size=32", "same engine"),
+        ("swin3d_tiny", "as shipped"),
+    ]
+    assert rows[0]["macs"] == rows[1]["macs"]
+    assert all(row["infer_frames_per_second"] > 0 for row in rows)
+    shipped, same = capsys.readouterr().out.split("Memory at")[0].split("Same engine")
+    assert shipped.count("swin3d_tiny") == 1
+    assert "swin3d_tiny" not in same
+
+
+def test_the_papers_figures_stand_beside() -> None:
+    rows = [
+        {"model": model, "regime": "float32", "engine": "as shipped", "batch": 2,
+         "clip": [3, 16, 8, 8], "parameters": 1, "macs": 10**9, "two_macs": 2 * 10**9,
+         "train_frames_per_second": 1.0, "infer_frames_per_second": 1.0, "device": "cpu",
+         "threads": 1, "peak_train_bytes": 0,
+         "memory": dict.fromkeys(
+             ("weights", "gradients", "optimizer", "activations", "transient"), 0)}
+        for model in ("r3d_18", "i3d")
+    ]  # fmt: skip
+    text = as_text(rows)
+    assert "33M, 9.9, 7.4 GB" in text
+    assert "are no FLOP count" in text
+    assert "CA3D is not the lightest row" in text
+    assert "Same engine" not in text
 
 
 @pytest.mark.parametrize(
@@ -41,6 +83,8 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"rounds": 0}, "--rounds must be at least 1, not 0"),
         ({"models": "c3d"}, "model 'c3d' is not known; choose from"),
         ({"models": " ,"}, "must name at least one"),
+        ({"models": "ca3d:pool"}, "'pool' is not OPTION=VALUE"),
+        ({"models": "ca3d:pool=max"}, "--models ca3d:pool=max: pool must be one of"),
         ({"regimes": "float32,int4"}, "precision 'int4' is not known"),
     ],
 )

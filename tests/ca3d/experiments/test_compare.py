@@ -174,7 +174,7 @@ def test_videos_are_compared_and_nothing_runs_twice(tmp_path: Path) -> None:
 
 
 def test_results_study_plans_equal_treatment() -> None:
-    config = results_study.ResultsConfig()
+    config = results_study.ResultsStudyConfig()
     todo = results_study.plans(config)
     assert list(todo) == ["motion-order", "mocap30"]
     for plan in todo.values():
@@ -185,4 +185,4 @@ def test_results_study_plans_equal_treatment() -> None:
         for cell in cells:
             assert cell.data.get("control") is None or cell.regime == "float32"
     with pytest.raises(UserError, match="--datasets: 'ucf101' is none of"):
-        results_study.ResultsConfig(datasets="ucf101").validate()
+        results_study.ResultsStudyConfig(datasets="ucf101").validate()

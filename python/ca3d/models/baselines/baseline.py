@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["Baseline", "check_integers", "check_tokens", "initialize_convolutions"]
+__all__ = ["Baseline", "Mean", "check_integers", "check_tokens", "initialize_convolutions"]
 
 _NOT_DECAYED = ("cls_token", "pos_embed", "position_embeddings", "time_embeddings")
 
@@ -78,6 +78,20 @@ class Baseline(nn.Module):
                 f"clip must have the shape (batch, 3, {self.frames}, {height}, {width}), got "
                 f"{shape}; the options frames and size build a model for another"
             )
+
+
+class Mean(nn.Module):
+    """The mean of each channel, (B, C, T, H, W) to (B, C, 1, 1, 1), for any size.
+
+    Example:
+        >>> import torch
+        >>> Mean()(torch.ones(1, 2, 3, 4, 4)).shape
+        torch.Size([1, 2, 1, 1, 1])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Averages over frames and pixels."""
+        return x.mean((2, 3, 4), keepdim=True)
 
 
 def check_integers(**values: int) -> None:

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ca3d.models.baselines.baseline import Baseline, check_integers, initialize_convolutions
+from ca3d.models.baselines.baseline import (
+    Baseline,
+    Mean,
+    check_integers,
+    initialize_convolutions,
+)
 
 __all__ = ["i3d", "i3d_tiny"]
 
@@ -52,11 +57,6 @@ class _Inception(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([branch(x) for branch in self.branches], 1)
-
-
-class _Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3, 4))
 
 
 def i3d(
@@ -109,7 +109,7 @@ def i3d(
             channels = block.width
         if pool is not None:
             layers.append(pool)
-    layers += [_Mean(), nn.Dropout(dropout)]
+    layers += [Mean(), nn.Flatten(), nn.Dropout(dropout)]
     model = Baseline(nn.Sequential(*layers), nn.Linear(channels, num_classes), frames)
     initialize_convolutions(model)
     return model

@@ -52,7 +52,7 @@ class _Tubes(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         tokens = []
         for (kernel, stride, offset), bias in zip(self.tubes, self.bias, strict=True):
-            weight = self.weight
+            weight: Tensor = self.weight
             if kernel != tuple(weight.shape[2:]):
                 weight = F.interpolate(weight, kernel, mode="trilinear")
             t, h, w = offset

@@ -7,7 +7,12 @@ import math
 
 from torch import Tensor, nn
 
-from ca3d.models.baselines.baseline import Baseline, check_integers, initialize_convolutions
+from ca3d.models.baselines.baseline import (
+    Baseline,
+    Mean,
+    check_integers,
+    initialize_convolutions,
+)
 
 __all__ = ["x3d_l", "x3d_m", "x3d_tiny", "x3d_xl"]
 
@@ -67,11 +72,6 @@ class _Block(nn.Module):
         return self.relu(self.body(x) + self.skip(x))
 
 
-class _Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3, 4), keepdim=True)
-
-
 def _x3d(
     num_classes: int,
     frames: int,
@@ -103,7 +103,7 @@ def _x3d(
         nn.Conv3d(channels, inner, 1, bias=False),
         nn.BatchNorm3d(inner),
         nn.ReLU(inplace=True),
-        _Mean(),
+        Mean(),
         nn.Conv3d(inner, head_width, 1, bias=False),
         nn.ReLU(inplace=True),
         nn.Flatten(),
