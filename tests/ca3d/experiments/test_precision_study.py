@@ -133,7 +133,7 @@ def test_report_of_known_rows(tmp_path: Path) -> None:
 
 def test_report_says_what_is_missing(tmp_path: Path) -> None:
     tuned = tuning_cells(SCALE, "ca3d_tiny")
-    cells = main_cells(SCALE, "ca3d_tiny", 0.03, 5e-4)
+    cells = main_cells(SCALE, "ca3d_tiny", 0.01, 5e-4)
     _write(tmp_path, [*(_row(c, 0.5) for c in tuned), *(_row(c, 0.5) for c in cells[:3])])
     config = PrecisionStudyConfig(
         out=str(tmp_path), models="ca3d_tiny,r3d_tiny", only_report=True, progress="none"
