@@ -1,7 +1,7 @@
 """The compiled CPU kernels of the folded convolution.
 
-Convolutions of 3 x 3 pixels with stride 1 and at least 64 inputs are the library's own; of others torch makes the
-convolution, and the library what follows it.
+Convolutions of 3 x 3 pixels with stride 1 and at least 64 inputs are the library's own; of others
+torch makes the convolution, and the library what follows it.
 """
 
 from collections.abc import MutableMapping
