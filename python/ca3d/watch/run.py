@@ -9,6 +9,8 @@ from ca3d import weights
 from ca3d.data.background import background_index
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
+from ca3d.models.fusion import fuse
+from ca3d.models.model import CA3D
 from ca3d.training.device import choose_device
 from ca3d.watch.calibration import Calibration
 from ca3d.watch.classifier import Classifier
@@ -52,7 +54,8 @@ def watch(config: WatchConfig) -> None:
         config, view, info.size, info.resize, info.stride, info.frames_per_second
     )
     try:
-        classifier = Classifier(model, info, config.step, device)
+        fast = fuse(model) if isinstance(model, CA3D) else model
+        classifier = Classifier(fast, info, config.step, device)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     calibration = Calibration.of_extra(info.extra, len(info.classes))
