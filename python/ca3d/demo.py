@@ -32,6 +32,9 @@ class DemoConfig:
     quick: bool = option(
         False, "Few videos and few steps: shows that everything runs, not how well it can learn"
     )
+    clutter: float = option(
+        0.0, "Distractors in the videos, from 0 (a plain room) to 1 (everywhere): far harder"
+    )
     seed: int = option(0, "Seed of videos and training")
     workers: int = option(2, "Processes that render and read videos")
 
@@ -58,6 +61,8 @@ def run(config: DemoConfig) -> Path:
         raise UserError(f"--workers must be at least 1, not {config.workers}")
     if config.seed < 0:
         raise UserError(f"--seed must not be negative, not {config.seed}")
+    if not 0 <= config.clutter <= 1:
+        raise UserError(f"--clutter must be from 0 to 1, not {config.clutter}")
     out = Path(config.out)
     begin = time.monotonic()
     times = _Times(out)
@@ -81,8 +86,7 @@ def _make_videos(config: DemoConfig, out: Path) -> Path:
     from ca3d.commands import Bar
     from ca3d.data import embedded
 
-    name = f"{DATA_SET}-quick" if config.quick else DATA_SET
-    folder = out / "videos" / name
+    folder = out / "videos" / f"{DATA_SET}{_suffix(config)}"
     print(f"     {embedded.describe(DATA_SET)}")
     if (folder / "dataset.json").is_file():
         print(f"     already there: {folder}")
@@ -92,12 +96,19 @@ def _make_videos(config: DemoConfig, out: Path) -> Path:
             DATA_SET,
             folder,
             size={"train": 60, "val": 30, "test": 30} if config.quick else "default",
+            clutter=config.clutter,
             seed=config.seed,
             workers=config.workers,
             progress=bar.update,
         )
     print(f"     made: {folder}")
     return folder
+
+
+def _suffix(config: DemoConfig) -> str:
+    """Ends the names of what other options would make otherwise."""
+    clutter = f"-clutter-{config.clutter:g}" if config.clutter else ""
+    return f"{clutter}-quick" if config.quick else clutter
 
 
 def _train(config: DemoConfig, data: Path, out: Path) -> Any:
@@ -109,7 +120,7 @@ def _train(config: DemoConfig, data: Path, out: Path) -> Any:
     return train(
         TrainConfig(
             data=str(data),
-            out=str(out / ("run-quick" if config.quick else "run")),
+            out=str(out / f"run{_suffix(config)}"),
             **{**_RECIPE, **options},
             seed=config.seed,
             workers=config.workers,
@@ -299,6 +310,11 @@ def _write_report(
         if config.quick
         else ""
     )
+    clutter = (
+        f" Distractors move through the room (`--clutter {config.clutter:g}`)."
+        if config.clutter
+        else ""
+    )
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in times.seconds.items())
     text = f"""# What a small CA3D learned
 {quick}
@@ -317,7 +333,7 @@ it was shown {figures["videos"]} videos that it had never seen, from directions 
 Each of 15 actions is played forwards in one class and backwards in another: whoever looks at single
 frames, or at frames without their order, can't get beyond 50 %.
 
-**What this is, and is not.** {DATA_SET} is made of {embedded.describe(DATA_SET)}.
+**What this is, and is not.** {DATA_SET} is made of {embedded.describe(DATA_SET)}.{clutter}
 
 ## Unseen videos
 
@@ -345,7 +361,7 @@ in overlapping windows of two seconds. At the joints a window sees two actions.
 
 {machine["cores"]} cores ({machine["cpu"]}), torch {machine["packages"]["torch"]}; {seconds}.
 Everything is in this folder: the videos in `{data.relative_to(out)}`; the model, its metrics and
-its exact options in `{"run-quick" if config.quick else "run"}`.
+its exact options in `run{_suffix(config)}`.
 
 ## Your own videos
 

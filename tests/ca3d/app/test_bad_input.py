@@ -80,6 +80,7 @@ def test_wrong_usage(words: list[str], part: str, capsys: pytest.CaptureFixture[
         (["info", "missing"], "missing: no such file or folder"),
         (["demo", "--workers", "0"], "--workers"),
         (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "--clutter", "1.5"], "--clutter"),
     ],
 )
 def test_values_that_cannot_be(
