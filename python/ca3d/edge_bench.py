@@ -342,7 +342,7 @@ def _build(config: BenchConfig, name: str, path: Path) -> tuple[nn.Module, weigh
     info = weights.ModelInfo(
         name,
         dict(model.options),  # type: ignore[arg-type]
-        frames=int(getattr(model, "frames", 16)),  # type: ignore[arg-type]
+        frames=int(getattr(model, "frames", 16)),
         size=config.size,
         resize=config.size,
     )
