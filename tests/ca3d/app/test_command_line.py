@@ -47,7 +47,7 @@ def test_examples_in_the_help_are_valid(tmp_path: Path, monkeypatch: pytest.Monk
     for command in COMMANDS:
         for example in command.examples:
             words = shlex.split(example.split(" > ")[0])
-            found, config = parse(words[1:])
+            found, config = parse(words[words.index("ca3d") + 1 :])
             assert found == command
             if "config.yaml" in example:
                 assert (config.data, config.epochs, config.lr) == ("my_videos", 7, 0.005)
