@@ -346,14 +346,22 @@ def _autocast(
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+# Asked for once: torch.compile can't trace the question.
+_HAS_BFLOAT16 = (
+    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
+
 def _convolution_is_fast(x: Tensor) -> bool:
     """Whether torch has a fast convolution for this input.
 
-    On a CPU it has one for bfloat16, and for float32, in which float16 is convolved, with several
-    threads. Otherwise it copies to the other layout.
+    On a CPU it has one for bfloat16 where the processor has instructions for it, and for float32, in
+    which float16 is convolved, with several threads. Otherwise it copies to the other layout.
     """
-    if x.device.type != "cpu" or x.dtype == torch.bfloat16:
+    if x.device.type != "cpu":
         return True
+    if x.dtype == torch.bfloat16:
+        return _HAS_BFLOAT16
     # torch.compile and torch.export can't trace the number of threads.
     several = torch.compiler.is_compiling() or torch.get_num_threads() > 1
     return x.dtype in (torch.float32, torch.float16) and several

@@ -296,8 +296,9 @@ def data_check(config: CheckConfig) -> int:
     from ca3d.data.check import check
     from ca3d.data.sampling import ClipSpec
 
+    if config.workers < 1:
+        raise UserError(f"--workers must be at least 1, not {config.workers}")
     official = partition(config.data, config)
-
     try:
         clip = ClipSpec(frames=config.frames, stride=config.stride, frames_per_second=config.fps)
         with Bar("checking") as bar:

@@ -63,7 +63,7 @@ bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* ru
                                  int /*threads*/, const PreParamLargest* /*largest*/) {
   check(step, runs, count);
   float found_inf = 0;
-  run_preparam_overflows(step, runs, count, {nullptr, nullptr, &found_inf}, 0, nullptr);
+  run_preparam_overflows(step, runs, count, {nullptr, &found_inf}, 0, nullptr);
   return found_inf != 0;
 }
 

@@ -61,7 +61,7 @@ void step(int tensors, int64_t count, ca3d::Rounding rounding) {
   }
   memory[1][0] = 0x7c00;  // infinity
   float found_inf = 0;
-  run_preparam_overflows(options, runs.data(), tensors, {nullptr, nullptr, &found_inf}, 0, nullptr);
+  run_preparam_overflows(options, runs.data(), tensors, {nullptr, &found_inf}, 0, nullptr);
   run_preparam_step(options, runs.data(), tensors, {}, 0, nullptr);
   std::printf("preparam_step: %d tensors, found_inf %g\n", tensors, found_inf);
 }

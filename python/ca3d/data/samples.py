@@ -77,7 +77,7 @@ def find_samples(root: str | os.PathLike[str]) -> list[Sample]:
         >>> [(s.label, s.path.name) for s in find_samples(dataset_root)][:2]
         [('jump', '0.avi'), ('jump', '1.avi')]
     """
-    folder = _folder(root)
+    folder = data_folder(root)
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
         raise UserError(
@@ -192,7 +192,7 @@ def splits_of(root: str | os.PathLike[str]) -> dict[str, Path]:
         >>> sorted(splits_of(dataset_root))
         ['test', 'train', 'val']
     """
-    folder = _folder(root)
+    folder = data_folder(root)
     found: dict[str, Path] = {}
     for split in SPLITS:
         for suffix in _LIST_SUFFIXES:
@@ -228,7 +228,7 @@ def load_samples(
         >>> len(samples), classes
         (2, ['jump', 'walk'])
     """
-    folder = _folder(root)
+    folder = data_folder(root)
     if list_file is not None:
         samples = read_list(list_file, folder)
         return _not_empty(samples, list_file), sorted({s.label for s in samples})
@@ -307,7 +307,20 @@ def sided_classes(names: Iterable[str]) -> list[str]:
     return found
 
 
-def _folder(root: str | os.PathLike[str]) -> Path:
+def data_folder(root: str | os.PathLike[str]) -> Path:
+    """Returns the folder of a data set, which must be there.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        ca3d.errors.UserError: There is none, or it is a file.
+
+    Example:
+        >>> data_folder("missing")
+        Traceback (most recent call last):
+        ca3d.errors.UserError: missing: no such folder
+    """
     folder = Path(root)
     if not folder.exists():
         raise UserError(f"{root}: no such folder")

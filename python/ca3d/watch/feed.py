@@ -136,8 +136,10 @@ class Feed:
     def _hand_on(self, message: Frame | Notice) -> None:
         if isinstance(message, Frame):
             if self._offset is None:
-                # A camera's clock begins anew with every connection; ours goes on.
-                self._offset = time.monotonic() - self._began - message.time
+                # A camera's clock begins anew with every connection; ours goes on, and what was
+                # before a loss may have been ahead of it.
+                now = time.monotonic() - self._began
+                self._offset = max(now, self._reached) - message.time
             message = dataclasses.replace(message, time=message.time + self._offset)
             self._reached = max(self._reached, message.time)
         elif message.kind == "gap":

@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(
 def test_training_stops_and_names_the_layer_that_overflowed(
     name: str, bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = models.create
+    create = models.create_for_clips
 
     def broken(*args: Any, **options: Any) -> nn.Module:
         model = create(*args, **options)
@@ -62,7 +62,7 @@ def test_training_stops_and_names_the_layer_that_overflowed(
             model.get_submodule("layers.spatial2.conv").weight.fill_(math.nan)
         return model
 
-    monkeypatch.setattr(models, "create", broken)
+    monkeypatch.setattr(models, "create_for_clips", broken)
     with pytest.raises(UserError, match=r"2 steps in a row .*layers.spatial2.conv overflowed"):
         run(bars, tmp_path / "run", precision=name, max_skipped=2)
 

@@ -161,7 +161,7 @@ def test_steps_that_are_not_finite_change_nothing(
 def test_too_many_such_steps_stop_the_run_and_name_the_layer(
     bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = models.create
+    create = models.create_for_clips
 
     def broken(*args: Any, **options: Any) -> Any:
         model = create(*args, **options)
@@ -169,7 +169,7 @@ def test_too_many_such_steps_stop_the_run_and_name_the_layer(
             model.classifier.weight.fill_(math.inf)
         return model
 
-    monkeypatch.setattr(models, "create", broken)
+    monkeypatch.setattr(models, "create_for_clips", broken)
     with pytest.raises(UserError, match=r"3 steps in a row .*classifier.*lower --lr"):
         run(bars, tmp_path / "run", max_skipped=3)
 

@@ -141,7 +141,8 @@ def copies(layer: LocalTemporalAttention, x: Tensor, grad: Tensor) -> list[tuple
         # float16 is projected in float32, on casts that live no longer than that, and a matrix
         # product of many rows starts from copies of the bias.
         and not (
-            x.dtype == torch.float16 and event.cpu_parent.name in ("aten::_to_copy", "aten::addmm")
+            x.dtype == torch.float16
+            and event.cpu_parent.name in ("aten::_to_copy", "aten::addmm", "_Linear")
         )
     ]
 

@@ -8,7 +8,7 @@ from ca3d.data import samples as lists
 from ca3d.data import splits
 from ca3d.data.benchmarks import registry
 from ca3d.data.benchmarks.protocol import PUBLISHED_SEED, Protocol, published_split
-from ca3d.data.samples import Sample
+from ca3d.data.samples import Sample, data_folder
 from ca3d.data.split_options import SplitOptions
 from ca3d.errors import UserError
 
@@ -70,9 +70,7 @@ def partition(
         True
     """
     options.validate_split()
-    folder = Path(root)
-    if not folder.is_dir():
-        raise UserError(f"{root}: no such folder")
+    folder = data_folder(root)
     found = _find(folder, options)
     if options.protocol == "published":
         return _published(folder, found)
