@@ -355,8 +355,8 @@ _HAS_BFLOAT16 = (
 def _convolution_is_fast(x: Tensor) -> bool:
     """Whether torch has a fast convolution for this input.
 
-    On a CPU it has one for bfloat16 where the processor has instructions for it, and for float32, in
-    which float16 is convolved, with several threads. Otherwise it copies to the other layout.
+    On a CPU it has one for bfloat16 where the processor has instructions for that, and for float32
+    (in which float16 is convolved) with several threads. Otherwise it copies to the other layout.
     """
     if x.device.type != "cpu":
         return True
