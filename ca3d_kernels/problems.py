@@ -134,7 +134,7 @@ def cases(changes: Mapping[str, str] | None = None) -> list[Case]:
 
     Example:
         >>> [case.values["frames"] for case in cases({"frames": "16", "heads": "2"})]
-        [16, 16]
+        [16, 16, 16]
     """
     if changes is None:
         return [

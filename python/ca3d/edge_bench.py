@@ -235,9 +235,10 @@ def missing(config: BenchConfig) -> list[str]:
     for runtime in RUNTIMES:
         if importlib.util.find_spec(_PACKAGES[runtime]) is None:
             line = f'{runtime}: not installed (pip install "ca3d-kernels[{runtime}]")'
-            if config.runtimes is not None and runtime in _words(config.runtimes):
+            if config.runtimes is None:
+                lines.append(line)
+            elif runtime in _words(config.runtimes):
                 raise UserError(line)
-            lines.append(line)
     for peer in _words(config.peers):
         if peer not in models.names():
             lines.append(f"{peer}: no model of this name here")
