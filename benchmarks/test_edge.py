@@ -41,7 +41,7 @@ def test_streaming(benchmark: Any, preset: str | None, fused: bool) -> None:
         return lambda: stream.push(new)
 
     runs = {"clip": clip, **{f"stream by {s}": step(s) for s in (1, 2, 4)}}
-    timings = interleave(runs, rounds=15, warmup=2, budget=30)
+    timings = interleave(runs, rounds=15, warmup=2, budget=12)
     for name in list(runs)[1:]:
         benchmark.extra_info[f"{name} / clip, time"] = round(timings.ratio(name, "clip"), 3)
     benchmark.pedantic(runs["stream by 1"], rounds=3)
@@ -56,7 +56,7 @@ def test_onnx_runtime(benchmark: Any, tmp_path: Path) -> None:
         f"{c.runtime} {c.precision} {'clip' if c.stride is None else 'stream'}": c.load(THREADS)[0]
         for c in candidates
     }
-    timings = interleave(runs, rounds=15, warmup=2, budget=30)
+    timings = interleave(runs, rounds=15, warmup=2, budget=12)
     for name, other in (
         ("onnx float32 clip", "onnx int8 clip"),
         ("onnx float32 clip", "torch float32 clip"),
