@@ -90,9 +90,15 @@ class Float16(Regime):
         """Converts all floating-point tensors of the model to float16.
 
         Raises:
-            ca3d.errors.UserError: A value is beyond float16's range.
+            ca3d.errors.UserError: A value is beyond float16's range, or a parameter of a lazy
+                module has no values yet.
         """
         for name, x in model.state_dict().items():
+            if isinstance(x, nn.parameter.UninitializedTensorMixin):
+                raise UserError(
+                    f"{name} has no values yet (a lazy module): run the model on one batch before "
+                    f"precision {self.name} takes it"
+                )
             if x.is_floating_point() and bool((x.half().isinf() & x.isfinite()).any()):
                 raise UserError(
                     f"{name} holds values up to {float(x.abs().max()):.3g}, and float16 holds "

@@ -99,10 +99,8 @@ def test_observing_changes_no_bit_of_a_run() -> None:
         torch.manual_seed(0)
         regime = Observer(Float16(), every=2) if observed else Float16()
         model = regime.prepare(
-            nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.Flatten(), nn.LazyLinear(3))
-        )
-        regime.forward(model.eval(), torch.zeros(2, 3, 4, 6, 6))
-        model.train()
+            nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.Flatten(), nn.Linear(128, 3))
+        ).train()
         sgd = regime.optimizer("sgd", model.parameters(), lr=0.05)
         for step in range(5):
             generator = torch.Generator().manual_seed(step)

@@ -104,6 +104,11 @@ def test_weights_beyond_float16_are_refused() -> None:
         precision.create("float16").prepare(layer)
 
 
+def test_lazy_modules_are_named() -> None:
+    with pytest.raises(UserError, match=r"1\.weight has no values yet .*precision float16"):
+        precision.create("float16").prepare(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)))
+
+
 def optimizer(name: str) -> torch.optim.Optimizer:
     regime = precision.create(name)
     layer = regime.prepare(nn.Linear(2, 2))
