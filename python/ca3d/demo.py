@@ -83,7 +83,7 @@ def run(config: DemoConfig) -> Path:
 
 
 def _make_videos(config: DemoConfig, out: Path) -> Path:
-    from ca3d.commands import Bar
+    from ca3d.cli.output import Bar
     from ca3d.data import embedded
 
     folder = out / "videos" / f"{DATA_SET}{_suffix(config)}"

@@ -94,7 +94,7 @@ class Float16(Regime):
                 module has no values yet.
         """
         for name, x in model.state_dict().items():
-            if isinstance(x, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(x):
                 raise UserError(
                     f"{name} has no values yet (a lazy module): run the model on one batch before "
                     f"precision {self.name} takes it"

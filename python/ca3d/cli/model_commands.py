@@ -1,36 +1,19 @@
-"""What each command of `ca3d` does, apart from reading its options and reporting errors."""
+"""What the commands about models do: training, measuring, using, converting."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ca3d.cli.output import as_json, log_warnings
 from ca3d.errors import UserError
 
 if TYPE_CHECKING:
-    from ca3d.command_options import (
-        CacheConfig,
-        CheckConfig,
-        ConvertConfig,
-        InfoConfig,
-        ListConfig,
-        MakeConfig,
-        PredictConfig,
-        SplitConfig,
-    )
-    from ca3d.demo import DemoConfig
-    from ca3d.edge_bench import BenchConfig
+    from ca3d.cli.options import ConvertConfig, PredictConfig
     from ca3d.evaluate import EvalConfig
-    from ca3d.experiments.claims_study import ClaimsConfig
-    from ca3d.experiments.compare import CompareConfig
-    from ca3d.experiments.precision_study import PrecisionStudyConfig
-    from ca3d.experiments.results_study import ResultsStudyConfig
     from ca3d.export.options import ExportConfig
-    from ca3d.footprint import FootprintConfig
     from ca3d.predict import Prediction
     from ca3d.results import ResultsConfig
     from ca3d.training.config import TrainConfig
@@ -47,7 +30,7 @@ def train(config: TrainConfig) -> None:
     from ca3d.training.distributed import is_first
     from ca3d.training.loop import train as run
 
-    _log_warnings()
+    log_warnings()
     if not config.out:
         split = f"-split{config.fold}" if config.fold != 1 else ""
         split = f"{split}-published" if config.protocol == "published" else split
@@ -84,7 +67,7 @@ def evaluate(config: EvalConfig) -> None:
     from ca3d.evaluate import evaluate as run
     from ca3d.training.distributed import is_first
 
-    _log_warnings()
+    log_warnings()
     if config.untrimmed:
         _evaluate_untrimmed(config)
         return
@@ -92,7 +75,7 @@ def evaluate(config: EvalConfig) -> None:
     if not is_first():
         return
     if config.json:
-        print(_json(result.to_dict()))
+        print(as_json(result.to_dict()))
         return
     views = f"{config.clips} clips x {config.crops} crops"
     _print_summary(result.summary, f"{config.data}, split {result.settings['split']}, {views}")
@@ -106,7 +89,7 @@ def _evaluate_untrimmed(config: EvalConfig) -> None:
     from ca3d.watch.untrimmed import evaluate_untrimmed
 
     result = evaluate_untrimmed(config)
-    print(_json(result.to_dict()) if config.json else result)
+    print(as_json(result.to_dict()) if config.json else result)
     for message in result.broken:
         print(f"left out: {message}", file=sys.stderr)
     if config.out is not None:
@@ -124,7 +107,7 @@ def results(config: ResultsConfig) -> None:
 
     rows = tables.table([tables.read(run) for run in config.runs])
     if config.format == "json":
-        print(_json(rows))
+        print(as_json(rows))
     elif config.format == "csv":
         print(as_csv(rows), end="")
     else:
@@ -177,7 +160,7 @@ def predict(config: PredictConfig) -> int:
             _print_prediction(prediction, windows=config.windows or single)
     if config.json:
         content = [prediction.to_dict() for prediction in found]
-        print(_json(content[0] if single else content))
+        print(as_json(content[0] if single else content))
     if not found:
         raise UserError(f"{config.path}: none of the {len(videos)} videos could be read")
     return 0
@@ -202,7 +185,7 @@ def calibrate(config: CalibrateConfig) -> None:
     """
     from ca3d.watch.calibrate import calibrate as run
 
-    _log_warnings()
+    log_warnings()
     print(run(config))
 
 
@@ -256,286 +239,13 @@ def export(config: ExportConfig) -> None:
 
     result = run(config, lambda line: print(line, file=sys.stderr))
     if config.json:
-        print(_json(result.to_dict()))
+        print(as_json(result.to_dict()))
         return
     for comparison in result.comparisons:
         print(comparison)
     if result.accuracy is not None:
         print(result.accuracy)
     print(f"{result.folder}: {config.format}, {config.precision}")
-
-
-def data_make(config: MakeConfig) -> None:
-    """Renders one of the package's data sets.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.data import embedded
-
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    name, out = options.pop("name"), options.pop("out")
-    with Bar("rendering") as bar:
-        try:
-            folder = embedded.make(name, out, progress=bar.update, **options)
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
-    print(f"{folder}: {embedded.describe(name)}")
-
-
-def data_check(config: CheckConfig) -> int:
-    """Looks for what is wrong with a data set.
-
-    Args:
-        config: The options.
-
-    Returns:
-        0, or 1 when something is wrong.
-    """
-    from ca3d.data.benchmarks import partition
-    from ca3d.data.check import check
-    from ca3d.data.sampling import ClipSpec
-
-    if config.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {config.workers}")
-    official = partition(config.data, config)
-    try:
-        clip = ClipSpec(frames=config.frames, stride=config.stride, frames_per_second=config.fps)
-        with Bar("checking") as bar:
-            report = check(
-                config.data,
-                clip=clip,
-                quick=config.quick,
-                workers=config.workers,
-                decoder=config.decoder,
-                progress=bar.update,
-                parts=None if official is None else official.splits,
-            )
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if official is not None:
-        report.notes[:0] = [official.describe(), *official.notes]
-    print(_json(report.to_dict()) if config.json else report)
-    return report.exit_status
-
-
-def data_cache(config: CacheConfig) -> None:
-    """Decodes and shrinks all videos of a data set once.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.data.cache import build
-
-    with Bar("caching") as bar:
-        try:
-            report = build(
-                config.data,
-                config.out,
-                config.short_side,
-                format=config.format,
-                workers=config.workers,
-                decoder=config.decoder,
-                progress=bar.update,
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
-    print(report)
-
-
-def data_split(config: SplitConfig) -> None:
-    """Writes split files.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.data.benchmarks import partition
-    from ca3d.data.splits import split_dataset
-
-    shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
-    if min(shares.values()) < 0 or shares["train"] < 1e-9:
-        raise UserError(
-            f"--val {config.val} and --test {config.test} must be shares of the videos that leave"
-            " some to train on"
-        )
-    if config.seed < 0:
-        raise UserError(f"--seed must not be negative, not {config.seed}")
-    official = None
-    if config.list_file is None:
-        official = partition(config.data, config, val_fraction=config.val, seed=config.seed)
-    if official is not None:
-        if config.group is not None:
-            raise UserError(f"--group {config.group}: {official.protocol} has its own groups")
-        print(official.describe())
-        for note in official.notes:
-            print(f"  {note}")
-    report = split_dataset(
-        config.data,
-        shares,
-        config.seed,
-        group=config.group,
-        out=config.out,
-        list_file=config.list_file,
-        overwrite=config.force,
-        parts=None if official is None else official.splits,
-    )
-    print(report)
-
-
-def data_list(config: ListConfig) -> None:
-    """Lists the package's own data sets.
-
-    Args:
-        config: No options.
-    """
-    from ca3d.data import embedded
-
-    for name in embedded.names():
-        print(f"{name}: {embedded.describe(name)}")
-
-
-def demo(config: DemoConfig) -> None:
-    """Runs the demo.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.demo import run
-
-    _log_warnings()
-    run(config)
-
-
-def footprint(config: FootprintConfig) -> None:
-    """Measures models, and prints a table.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.footprint import footprint as run
-    from ca3d.report.footprint_table import as_text
-
-    rows = run(config, lambda line: print(line, file=sys.stderr))
-    print(as_text(rows))
-
-
-def bench(config: BenchConfig) -> None:
-    """Measures latency and memory, and prints a table.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.edge_bench import as_text
-    from ca3d.edge_bench import bench as run
-
-    rows = run(config, lambda line: print(line, file=sys.stderr))
-    print(as_text(rows))
-
-
-def compare(config: CompareConfig) -> None:
-    """Compares models, and says where the report is.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.experiments.compare import run
-
-    _log_warnings()
-    print(f"report: {run(config)}")
-
-
-def study_precision(config: PrecisionStudyConfig) -> None:
-    """Runs the precision study, and says where its report is.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.experiments.precision_study import run
-
-    print(f"report: {run(config)}")
-
-
-def study_results(config: ResultsStudyConfig) -> None:
-    """Compares small models, and says where the report is.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.experiments.results_study import run
-
-    print(f"report: {run(config)}")
-
-
-def study_claims(config: ClaimsConfig) -> None:
-    """Runs the ablations, and says where their report is.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.experiments.claims_study import run
-
-    print(f"report: {run(config)}")
-
-
-def info(config: InfoConfig) -> None:
-    """Describes the installation, a weights file, a run, a data set or a video.
-
-    Args:
-        config: The options.
-    """
-    from ca3d import info as about
-
-    if config.models:
-        content = about.models()
-    elif config.path is None:
-        content = about.installation()
-    else:
-        content = about.describe(config.path)
-    if config.json:
-        print(_json(content))
-    else:
-        print(about.as_text(content))
-
-
-class Bar:
-    """A progress bar on a terminal, nothing elsewhere.
-
-    Args:
-        title: Stands before the bar.
-
-    Example:
-        >>> with Bar("counting") as bar:
-        ...     bar.update(1, 10)
-    """
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self._progress: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Bar:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._progress = Progress(console=Console(stderr=True), transient=True)
-            self._progress.start()
-            self._task = self._progress.add_task(self.title, total=None)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def update(self, done: int, total: int, *rest: object) -> None:
-        """Shows that `done` of `total` are done."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=total)
-
-
-def _log_warnings() -> None:
-    """Shows the package's warnings (broken videos) as plain lines on standard error."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 
 def _print_summary(summary: dict[str, Any], title: str) -> None:
@@ -595,9 +305,3 @@ def _three(values: list[float] | None, flag: str) -> tuple[float, float, float] 
     if len(values) != 3:
         raise UserError(f"{flag} must be three numbers, not {values}")
     return values[0], values[1], values[2]
-
-
-def _json(value: Any) -> str:
-    from ca3d.training.logs import finite
-
-    return json.dumps(finite(value), indent=2, ensure_ascii=False)
