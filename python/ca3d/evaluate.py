@@ -162,11 +162,7 @@ class EvalResult:
         from ca3d.training import plots
         from ca3d.training.logs import write_csv, write_json
 
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot use {folder} for the results: {error.strerror}") from error
+        folder = results_folder(folder)
         write_json(folder / "results.json", self.to_dict())
         if self.predictions:
             write_csv(folder / "predictions.csv", self.predictions)
@@ -368,4 +364,26 @@ def weights_file(path: str | Path) -> Path:
         return best
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    return path
+
+
+def results_folder(path: str | Path) -> Path:
+    """Makes a folder for results where there is none.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ca3d.errors.UserError: The folder can't be made.
+
+    Example:
+        >>> results_folder("/dev/null/results")
+        Traceback (most recent call last):
+        ca3d.errors.UserError: cannot use /dev/null/results for the results: Not a directory
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {path} for the results: {error.strerror}") from error
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 from ca3d import precision, weights
 from ca3d.data.transforms import Normalize
 from ca3d.errors import UserError
+from ca3d.evaluate import weights_file
+from ca3d.models.fusion import fuse
+from ca3d.models.model import CA3D
 from ca3d.predict import check_complete
 from ca3d.streaming import Stream
+from ca3d.training.device import choose_device
 
 
 class Stepper(Protocol):
@@ -114,6 +119,28 @@ class Classifier:
         self._stepper: Stepper = self._make_stepper()
         self._waiting: list[np.ndarray] = []
         self._until_due = info.frames
+
+    @classmethod
+    def from_file(cls, path: str | Path, stride: int, device: str) -> Classifier:
+        """Loads a model and fuses it where it can be.
+
+        Args:
+            path: Weights file or run folder.
+            stride: Model frames from window to window; `--step` on the command line.
+            device: As `ca3d.training.device.choose_device` takes it.
+
+        Raises:
+            ca3d.errors.UserError: The file can't be used, or the stride not with its model.
+        """
+        file = weights_file(path)
+        chosen = choose_device(device)
+        model, info = weights.load(file, device=str(chosen))
+        if stride > info.frames:
+            raise UserError(f"--step must be 1 to {info.frames} for this model, not {stride}")
+        try:
+            return cls(fuse(model) if isinstance(model, CA3D) else model, info, stride, chosen)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
 
     def push(self, picture: np.ndarray) -> Tensor | None:
         """Takes a frame.

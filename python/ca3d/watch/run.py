@@ -9,9 +9,6 @@ from ca3d import weights
 from ca3d.data.background import background_index
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
-from ca3d.models.fusion import fuse
-from ca3d.models.model import CA3D
-from ca3d.training.device import choose_device
 from ca3d.watch.calibration import Calibration
 from ca3d.watch.classifier import Classifier
 from ca3d.watch.clips import ClipSaver
@@ -44,20 +41,12 @@ def watch(config: WatchConfig) -> None:
         ca3d.errors.UserError: missing.safetensors: no such file
     """
     config.validate()
-    file = weights_file(config.weights)
-    device = choose_device(config.device)
-    model, info = weights.load(file, device=str(device))
-    if config.step > info.frames:
-        raise UserError(f"--step must be 1 to {info.frames} for this model, not {config.step}")
+    classifier = Classifier.from_file(config.weights, config.step, config.device)
+    info = classifier.info
     view = config.view if config.view is not None else info.view
     requests = find_sources(
         config, view, info.size, info.resize, info.stride, info.frames_per_second
     )
-    try:
-        fast = fuse(model) if isinstance(model, CA3D) else model
-        classifier = Classifier(fast, info, config.step, device)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
     calibration = Calibration.of_extra(info.extra, len(info.classes))
     if config.threshold is not None:
         thresholds = (config.threshold,) * len(info.classes)
@@ -66,7 +55,9 @@ def watch(config: WatchConfig) -> None:
     clips = None
     if config.save_clips is not None:
         clips = ClipSaver(config.save_clips, config.keep_days, config.max_gb)
-    for line in introduction(config, file, info, calibration, view, requests[0]):
+    for line in introduction(
+        config, weights_file(config.weights), info, calibration, view, requests[0]
+    ):
         display.note(line)
     failures = []
     with EventLog(config.events, config.force, config.announce) as log:

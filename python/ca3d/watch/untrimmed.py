@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ca3d import weights
 from ca3d.data.background import background_index
 from ca3d.errors import UserError
-from ca3d.evaluate import weights_file
+from ca3d.evaluate import results_folder, weights_file
 from ca3d.predict import find_videos
-from ca3d.training.device import choose_device
 from ca3d.watch.calibration import Calibration, calibration_error
 from ca3d.watch.classifier import Classifier
 from ca3d.watch.decoder import read_frames
@@ -127,11 +125,7 @@ class UntrimmedResult:
         """
         from ca3d.training.logs import write_csv, write_json
 
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot use {folder} for the results: {error.strerror}") from error
+        folder = results_folder(folder)
         write_json(folder / "untrimmed.json", self.to_dict())
         if self.events:
             write_csv(folder / "events.csv", self.events)
@@ -158,12 +152,8 @@ def evaluate_untrimmed(config: EvalConfig) -> UntrimmedResult:
         ca3d.errors.UserError: missing.safetensors: no such file
     """
     config.validate()
-    file = weights_file(config.weights)
-    device = choose_device(config.device)
-    model, info = weights.load(file, device=str(device))
-    if config.step > info.frames:
-        raise UserError(f"--step must be 1 to {info.frames} for this model, not {config.step}")
-    classifier = Classifier(model, info, config.step, device)
+    classifier = Classifier.from_file(config.weights, config.step, config.device)
+    info = classifier.info
     calibration = Calibration.of_extra(info.extra, len(info.classes))
     root = Path(config.data)
     annotations = read_annotations(root / ANNOTATIONS, info.classes)
@@ -207,7 +197,7 @@ def evaluate_untrimmed(config: EvalConfig) -> UntrimmedResult:
         events=rows,
         broken=broken,
         settings={
-            "weights": str(file),
+            "weights": str(weights_file(config.weights)),
             "data": config.data,
             "split": config.split,
             "step": config.step,
