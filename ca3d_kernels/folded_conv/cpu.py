@@ -4,6 +4,7 @@ Convolutions of 3 x 3 pixels with stride 1 and at least 64 inputs are the librar
 torch makes the convolution, and the library what follows it.
 """
 
+import functools
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -87,14 +88,14 @@ class NativeKernels:
         if x.dtype not in _DTYPES:
             raise UnsupportedInputError(f"dtype {x.dtype} is not float32, float16 or bfloat16")
         pages.prepare(self._native, z)
-        numbers = _numbers(affine, len(weight))
-        addresses = tuple(row.data_ptr() for row in numbers.unbind())
+        numbers = _numbers(affine, weight.shape[0])
+        addresses = tuple(row.data_ptr() for row in numbers)
         more = 0 if residual is None else residual.data_ptr()
         threads = torch.get_num_threads()
         if _is_own(x, weight, options):
             made = self._prepared(weight, options.groups)
             images, _, height, width = x.shape
-            of_group = weight.shape[1], len(weight) // options.groups
+            of_group = weight.shape[1], weight.shape[0] // options.groups
             sizes = (images, height, width, options.groups, *of_group)
             self._native.folded_conv(
                 _DTYPES[x.dtype], sizes, made.data_ptr(), addresses, x.data_ptr(), more,
@@ -105,7 +106,7 @@ class NativeKernels:
         y = convolution.convolve(x, weight, None, geometry)
         if not y.movedim(1, -1).is_contiguous():
             y = z.copy_(y)
-        matrix = (y.numel() // len(weight), len(weight))
+        matrix = (y.numel() // weight.shape[0], weight.shape[0])
         self._native.folded_epilogue(
             _DTYPES[x.dtype], matrix, addresses, y.data_ptr(), more, z.data_ptr(), threads
         )
@@ -126,27 +127,28 @@ class NativeKernels:
         return made
 
 
-def _numbers(affine: Affine, channels: int) -> Tensor:
-    """Bias, scale, shift and factor of the residual of every channel, (4, K) in float32."""
-    numbers = torch.ones(4, channels)
-    for row, values in zip(
-        numbers, (affine.bias, affine.scale, affine.shift, affine.residual_scale), strict=True
-    ):
-        if values is not None:
-            row.copy_(values)
-    return numbers
+def _numbers(affine: Affine, channels: int) -> list[Tensor]:
+    """Bias, scale, shift and factor of the residual of every channel, each (K,) in float32."""
+    rows = (affine.bias, affine.scale, affine.shift, affine.residual_scale)
+    return [_ones(channels) if row is None else row.float().contiguous() for row in rows]
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(channels: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(channels)
 
 
 def _is_own(x: Tensor, weight: Tensor, options: Options) -> bool:
     """Whether the library convolves, and not torch: bfloat16 only where the CPU can't."""
     if x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    plain = tuple(options.stride) == (1, 1) and tuple(options.padding) == (1, 1)
-    outputs = len(weight) // options.groups
+    outputs, inputs, *kernel = weight.shape
     return (
-        tuple(weight.shape[2:]) == (3, 3)
-        and plain
-        and weight.shape[1] >= _LEAST_INPUTS
-        and weight.shape[1] % _CHANNELS == 0
-        and outputs % _CHANNELS == 0
+        kernel == [3, 3]
+        and tuple(options.stride) == (1, 1)
+        and tuple(options.padding) == (1, 1)
+        and inputs >= _LEAST_INPUTS
+        and inputs % _CHANNELS == 0
+        and outputs // options.groups % _CHANNELS == 0
     )

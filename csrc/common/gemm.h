@@ -21,16 +21,21 @@ constexpr int kGemmRows = 4, kGemmVectors = 2;
 #endif
 
 // The right factor: `depth` rows, `stride` elements apart, of as many columns as are asked for.
+// `next`, of the same form, is what the next product begins with, or null.
 struct GemmRight {
   const float* data;
   int64_t depth;
   int64_t stride;
+  const float* next;
 };
 
-// Calls finish(row, column, sums) for kVectors vectors of each of kRows rows.
-template <int kRows, int kVectors, class RowOf, class Finish>
+constexpr int64_t kCacheLine = 64 / sizeof(float);
+
+// Calls finish(row, column, sums) for kVectors vectors of each of kRows rows. With kAhead, a cache
+// line of each row at `ahead` is brought into the second cache meanwhile.
+template <int kRows, int kVectors, bool kAhead, class RowOf, class Finish>
 inline void gemm_block(int64_t row, int64_t column, const RowOf& row_of, const GemmRight& right,
-                       const Finish& finish) {
+                       const float* ahead, const Finish& finish) {
   const float* left[kRows];
   Vector<float> sum[kRows][kVectors];
 #pragma GCC unroll 8
@@ -44,6 +49,10 @@ inline void gemm_block(int64_t row, int64_t column, const RowOf& row_of, const G
     Vector<float> b[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) b[v] = load(from + v * kLanes<float>);
+    if constexpr (kAhead) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += right.stride;
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const float a = left[r][k];
@@ -55,20 +64,30 @@ inline void gemm_block(int64_t row, int64_t column, const RowOf& row_of, const G
   for (int r = 0; r < kRows; ++r) finish(row + r, column, sum[r]);
 }
 
+// `ahead` are the columns that come after these, or null: the first blocks of rows bring one line
+// of them each.
 template <int kRows, int kVectors, class RowOf, class Finish>
 [[gnu::noinline]] void gemm_rows(int64_t rows, int64_t column, const RowOf& row_of,
-                                 const GemmRight& right, const Finish& finish) {
+                                 const GemmRight& right, const float* ahead, const Finish& finish) {
+  constexpr int64_t kWidth = kVectors * kLanes<float>;
   int64_t row = 0;
+  if (ahead) {
+    for (int64_t line = 0; line < kWidth && row + kRows <= rows; line += kCacheLine, row += kRows) {
+      gemm_block<kRows, kVectors, true>(row, column, row_of, right, ahead + line, finish);
+    }
+  }
   for (; row + kRows <= rows; row += kRows) {
-    gemm_block<kRows, kVectors>(row, column, row_of, right, finish);
+    gemm_block<kRows, kVectors, false>(row, column, row_of, right, nullptr, finish);
   }
   for (; kRows > 4 && row + 4 <= rows; row += 4) {
-    gemm_block<4, kVectors>(row, column, row_of, right, finish);
+    gemm_block<4, kVectors, false>(row, column, row_of, right, nullptr, finish);
   }
   for (; row + 2 <= rows; row += 2) {
-    gemm_block<2, kVectors>(row, column, row_of, right, finish);
+    gemm_block<2, kVectors, false>(row, column, row_of, right, nullptr, finish);
   }
-  for (; row < rows; ++row) gemm_block<1, kVectors>(row, column, row_of, right, finish);
+  for (; row < rows; ++row) {
+    gemm_block<1, kVectors, false>(row, column, row_of, right, nullptr, finish);
+  }
 }
 
 template <int kVectors>
@@ -85,13 +104,14 @@ void gemm(int64_t rows, int64_t columns, const RowOf& row_of, const GemmRight& r
   constexpr int64_t kWide = kGemmVectors * kLanes<float>;
   int64_t column = 0;
   for (; column + kWide <= columns; column += kWide) {
-    gemm_rows<kGemmRows, kGemmVectors>(rows, column, row_of, right,
+    const float* ahead = column + 2 * kWide <= columns ? right.data + column + kWide : right.next;
+    gemm_rows<kGemmRows, kGemmVectors>(rows, column, row_of, right, ahead,
                                        [&](int64_t row, int64_t at, const Vector<float>* sum) {
                                          finish(row, at, sum, GemmVectors<kGemmVectors>{});
                                        });
   }
   for (; column < columns; column += kLanes<float>) {
-    gemm_rows<kGemmRows, 1>(rows, column, row_of, right,
+    gemm_rows<kGemmRows, 1>(rows, column, row_of, right, nullptr,
                             [&](int64_t row, int64_t at, const Vector<float>* sum) {
                               finish(row, at, sum, GemmVectors<1>{});
                             });

@@ -15,11 +15,9 @@ namespace ca3d {
 namespace {
 
 constexpr int64_t kTileRows = 2, kTileColumns = 4;
-// Tiles of a task: enough that the filters, which may come from the third cache, are read seldom. A
-// multiple of the rows of a block in registers.
-constexpr int64_t kTaskTiles = 48;
-constexpr int64_t kTasksOfThread = 4;
-constexpr int64_t kRegisterRows = 12;
+// Tiles of a task: as many as the second cache holds, so that the filters, which may come from
+// memory, are read seldom.
+constexpr int64_t kMostTiles = 56;
 // A team of threads costs more than it saves on fewer elements.
 constexpr int64_t kWorthThreads = 32768;
 constexpr int64_t kHugeSize = int64_t{1} << 40;
@@ -67,11 +65,44 @@ void check_channels(const char* name, int64_t value) {
   require(value % kFoldedConvChannels == 0, name, value, "a multiple of 16");
 }
 
-// Smaller tasks where there are few tiles for the threads.
-int64_t task_tiles(int64_t tiles, int64_t groups, int threads) {
-  const int64_t share = tiles * groups / (threads == 1 ? 1 : threads * kTasksOfThread);
-  const int64_t rounded = (share + kRegisterRows - 1) / kRegisterRows * kRegisterRows;
-  return std::min(std::max(rounded, kRegisterRows), kTaskTiles);
+int64_t quotient(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// About how long a task takes, in the time in which a row of the inputs meets one panel of filters,
+// times the panels of all outputs.
+double task_cost(int64_t tiles, int64_t parts, int64_t outputs, int64_t rows) {
+  // Rows that don't fill the registers; each block of them takes at least the time of four.
+  const int64_t rest = tiles % rows;
+  const int64_t multiplied = tiles - rest + 4 * (rest / 4 + rest % 4 / 2 + rest % 2);
+  // A panel can't come from memory in less time than that of 16 rows.
+  const double product = static_cast<double>(std::max<int64_t>(multiplied, 16));
+  // Inputs are combined for each part of the outputs anew.
+  const double combined = 6.0 * static_cast<double>(tiles) / static_cast<double>(outputs);
+  return product / static_cast<double>(parts) + combined;
+}
+
+// Cuts tiles into blocks and outputs into parts so that the busiest thread has the least to do.
+void cut(FoldedConvTables& tables, const FoldedConvKernels& isa, int threads) {
+  const FoldedConvProblem& problem = tables.problem;
+  tables.panels = quotient(problem.outputs, isa.panel);
+  const int64_t least = quotient(tables.tiles, kMostTiles);
+  const int64_t most = std::min(least + 2 * threads, tables.tiles);
+  double best = 0;
+  for (int64_t parts = 1; parts <= std::min<int64_t>(threads, tables.panels); ++parts) {
+    for (int64_t blocks = least; blocks <= most; ++blocks) {
+      const int64_t tiles = quotient(tables.tiles, blocks);
+      const int64_t tasks = quotient(tables.tiles, tiles) * parts * problem.groups;
+      const double cost = static_cast<double>(quotient(tasks, threads)) *
+                          task_cost(tiles, parts, problem.outputs, isa.register_rows);
+      if (tables.parts == 0 || cost < best) {
+        best = cost;
+        tables.parts = parts;
+        tables.task_tiles = tiles;
+        tables.blocks = quotient(tables.tiles, tiles);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -97,13 +128,12 @@ void folded_conv(const FoldedConvProblem& problem, const float* filters,
   tables.x = x;
   tables.residual = residual;
   tables.z = z;
-  tables.tile_rows = (problem.height + kTileRows - 1) / kTileRows;
-  tables.tile_columns = (problem.width + kTileColumns - 1) / kTileColumns;
+  tables.tile_rows = quotient(problem.height, kTileRows);
+  tables.tile_columns = quotient(problem.width, kTileColumns);
   tables.tiles = problem.images * tables.tile_rows * tables.tile_columns;
-  tables.task_tiles = task_tiles(tables.tiles, problem.groups, threads);
-  tables.blocks = (tables.tiles + tables.task_tiles - 1) / tables.task_tiles;
-  const int64_t tasks = tables.blocks * problem.groups;
   const FoldedConvKernels& isa = kernels();
+  cut(tables, isa, threads);
+  const int64_t tasks = problem.groups * tables.parts * tables.blocks;
   const int64_t team = std::min<int64_t>(threads, tasks);
   const std::size_t bytes = isa.scratch_bytes(tables);
   const AlignedMemory scratch = allocate_aligned(bytes * static_cast<std::size_t>(team));

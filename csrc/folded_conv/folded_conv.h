@@ -46,7 +46,8 @@ void folded_epilogue(DType dtype, int64_t rows, int64_t channels, const FoldedCo
 
 // ---- what the kernels work from ----
 
-// A task is a number of tiles of 2 x 4 pixels, of one group.
+// A task is a number of tiles of 2 x 4 pixels and a part of the outputs of one group. Tasks come in
+// the order (groups, parts, blocks): what follows each other reads the same filters.
 struct FoldedConvTables {
   FoldedConvProblem problem;
   const float* filters;
@@ -54,11 +55,12 @@ struct FoldedConvTables {
   const void *x, *residual;
   void* z;
   int64_t tile_rows, tile_columns, tiles, task_tiles, blocks;
+  int64_t panels, parts;  // panels of a group's outputs, as in the filters
 };
 
 // The kernels of one instruction set.
 struct FoldedConvKernels {
-  int64_t panel;
+  int64_t panel, register_rows;  // register_rows: tiles that are multiplied at once
   std::size_t (*scratch_bytes)(const FoldedConvTables&);
   // Tasks begin .. end - 1; `scratch` is aligned to 64 bytes.
   void (*run)(const FoldedConvTables&, int64_t begin, int64_t end, void* scratch);

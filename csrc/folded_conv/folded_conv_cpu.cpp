@@ -21,34 +21,37 @@ using V = Vector<float>;
 static_assert(kPoints == kFoldedConvPoints, "a point is a combination of rows and one of columns");
 static_assert(kFoldedConvChannels % kCount == 0, "channels are whole vectors");
 
-int64_t padded_outputs(const FoldedConvProblem& p) {
-  return (p.outputs + kPanel - 1) / kPanel * kPanel;
-}
-
 template <class Stored>
 class Worker {
  public:
-  Worker(const FoldedConvTables& tables, void* scratch)
-      : t_(tables), p_(tables.problem), wide_(padded_outputs(tables.problem)) {
+  Worker(const FoldedConvTables& tables, void* scratch) : t_(tables), p_(tables.problem) {
     inputs_ = static_cast<float*>(scratch);
-    outputs_ = inputs_ + kPoints * t_.task_tiles * p_.inputs;
+    outputs_ = inputs_ + kPoints * plane(t_, p_.inputs);
   }
 
   static std::size_t scratch_bytes(const FoldedConvTables& t) {
-    const int64_t floats = kPoints * t.task_tiles * (t.problem.inputs + padded_outputs(t.problem));
+    const int64_t most = (t.panels + t.parts - 1) / t.parts * kPanel;
+    const int64_t floats = kPoints * (plane(t, t.problem.inputs) + plane(t, most));
     return static_cast<std::size_t>(floats) * sizeof(float);
   }
 
   void run(int64_t task) {
-    const int64_t group = task / t_.blocks, first = task % t_.blocks * t_.task_tiles;
-    const int64_t left = t_.tiles - first;
+    const int64_t group = task / (t_.parts * t_.blocks), part = task / t_.blocks % t_.parts;
+    const int64_t first = task % t_.blocks * t_.task_tiles, left = t_.tiles - first;
     tiles_ = left < t_.task_tiles ? left : t_.task_tiles;
+    first_panel_ = part * t_.panels / t_.parts;
+    wide_ = ((part + 1) * t_.panels / t_.parts - first_panel_) * kPanel;
     for (int64_t i = 0; i < tiles_; ++i) combine_inputs(first + i, i, group);
     multiply(group);
     for (int64_t i = 0; i < tiles_; ++i) combine_products(first + i, i, group);
   }
 
  private:
+  // Elements of one point's matrix; the odd line keeps the points' rows out of one set of a cache.
+  static int64_t plane(const FoldedConvTables& t, int64_t columns) {
+    return t.task_tiles * columns + kCacheLine;
+  }
+
   struct Place {
     int64_t image, row, column;  // of the tile's first pixel
   };
@@ -93,27 +96,29 @@ class Worker {
         d[r][5] = (x[1] + x[5]) + (x[4] - x[2]) * 1.5f - x[3] * 2.f;
       }
       float* to = inputs_ + i * p_.inputs + channel;
-      const int64_t plane = tiles_ * p_.inputs;
+      const int64_t step = plane(t_, p_.inputs);
 #pragma GCC unroll 6
       for (int c = 0; c < kAlong; ++c) {
-        store(to + c * plane, d[0][c] - d[2][c]);
-        store(to + (kAlong + c) * plane, d[1][c] + d[2][c]);
-        store(to + (2 * kAlong + c) * plane, d[2][c] - d[1][c]);
-        store(to + (3 * kAlong + c) * plane, d[3][c] - d[1][c]);
+        store(to + c * step, d[0][c] - d[2][c]);
+        store(to + (kAlong + c) * step, d[1][c] + d[2][c]);
+        store(to + (2 * kAlong + c) * step, d[2][c] - d[1][c]);
+        store(to + (3 * kAlong + c) * step, d[3][c] - d[1][c]);
       }
     }
   }
 
   void multiply(int64_t group) {
-    const int64_t depth = p_.inputs, wide = wide_;
-    const float* filter = t_.filters + group * kPoints * depth * wide;
+    const int64_t depth = p_.inputs, wide = wide_, panel_size = depth * kPanel;
     for (int point = 0; point < kPoints; ++point) {
-      const float* left = inputs_ + point * tiles_ * depth;
-      float* products = outputs_ + point * tiles_ * wide;
-      for (int64_t panel = 0; panel < wide; panel += kPanel, filter += depth * kPanel) {
+      const float* left = inputs_ + point * plane(t_, depth);
+      float* products = outputs_ + point * plane(t_, wide);
+      const float* filter =
+          t_.filters + ((group * kPoints + point) * t_.panels + first_panel_) * panel_size;
+      const float* of_next_point = filter + t_.panels * panel_size;
+      for (int64_t panel = 0; panel < wide; panel += kPanel, filter += panel_size) {
         gemm(
             tiles_, kPanel, [=](int64_t row) { return left + row * depth; },
-            {filter, depth, kPanel},
+            {filter, depth, kPanel, panel + kPanel < wide ? filter + panel_size : of_next_point},
             [=](int64_t row, int64_t column, const V* sum, auto vectors) {
               float* to = products + row * wide + panel + column;
 #pragma GCC unroll 4
@@ -128,15 +133,17 @@ class Worker {
     const int64_t channels = p_.groups * p_.outputs;
     const int64_t start = ((at.image * p_.height + at.row) * p_.width + at.column) * channels;
     const int64_t rows = p_.height - at.row, columns = p_.width - at.column;
-    for (int64_t channel = 0; channel < p_.outputs; channel += kCount) {
+    const int64_t begin = first_panel_ * kPanel, step = plane(t_, wide_);
+    const int64_t left = p_.outputs - begin, count = left < wide_ ? left : wide_;
+    for (int64_t channel = 0; channel < count; channel += kCount) {
       const float* from = outputs_ + i * wide_ + channel;
-      const int64_t plane = tiles_ * wide_, c0 = group * p_.outputs + channel;
+      const int64_t c0 = group * p_.outputs + begin + channel;
       V y[kTileRows][kAlong];
 #pragma GCC unroll 6
       for (int c = 0; c < kAlong; ++c) {
-        const V m0 = load(from + c * plane), m1 = load(from + (kAlong + c) * plane);
-        const V m2 = load(from + (2 * kAlong + c) * plane);
-        const V m3 = load(from + (3 * kAlong + c) * plane);
+        const V m0 = load(from + c * step), m1 = load(from + (kAlong + c) * step);
+        const V m2 = load(from + (2 * kAlong + c) * step);
+        const V m3 = load(from + (3 * kAlong + c) * step);
         y[0][c] = m0 + m1 + m2;
         y[1][c] = m1 - m2 + m3;
       }
@@ -170,7 +177,8 @@ class Worker {
 
   const FoldedConvTables& t_;
   const FoldedConvProblem& p_;
-  int64_t wide_, tiles_ = 0;
+  // Of the task: its tiles, the first panel of its outputs, and how many columns they are.
+  int64_t tiles_ = 0, first_panel_ = 0, wide_ = 0;
   float *inputs_, *outputs_;
 };
 
@@ -248,7 +256,8 @@ void epilogue(DType dtype, int64_t rows, int64_t channels, const FoldedConvAffin
 
 }  // namespace
 
-extern const FoldedConvKernels folded_conv_kernels = {kPanel, &scratch_bytes, &run, &epilogue};
+extern const FoldedConvKernels folded_conv_kernels = {kPanel, kGemmRows, &scratch_bytes, &run,
+                                                      &epilogue};
 
 }  // namespace CA3D_ISA
 }  // namespace ca3d

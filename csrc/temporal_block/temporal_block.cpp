@@ -88,7 +88,10 @@ class Plan {
     tables.out = out;
     tables.scale = static_cast<float>(p.scale);
     tables.pixels = p.outer * p.inner;
-    tables.block_pixels = std::min(std::max(kBlockRows / p.frames, int64_t{1}), tables.pixels);
+    // Blocks of nearly the same number of pixels.
+    const int64_t most = std::max(kBlockRows / p.frames, int64_t{1});
+    const int64_t least_blocks = (tables.pixels + most - 1) / most;
+    tables.block_pixels = (tables.pixels + least_blocks - 1) / least_blocks;
     tables.blocks = (tables.pixels + tables.block_pixels - 1) / tables.block_pixels;
     tables.group_heads = table ? p.heads : 1;
     read_weights(p, problem.convolutions, weights);

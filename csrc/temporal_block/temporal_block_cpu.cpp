@@ -137,6 +137,11 @@ class Worker {
     return m.data + head * m.head + i * m.step;
   }
 
+  // What is read first of convolution i, or null behind the last one.
+  const float* filter_of(int64_t head, int64_t i) const {
+    return i < t_.convolutions ? of(t_.filters, head, i) : nullptr;
+  }
+
   // Where the keys are that each query of a head meets. Behind the last row, lanes without a query
   // repeat it.
   void look_up_keys(int64_t head) {
@@ -164,7 +169,7 @@ class Worker {
     const int64_t dim = dim_, *frame = frame_;
     gemm(
         rows_, 3 * dim, [=](int64_t row) { return x + row * dim; },
-        {of(t_.qkv_weight, head), t_.head_dim, 3 * dim},
+        {of(t_.qkv_weight, head), t_.head_dim, 3 * dim, filter_of(head, 0)},
         [=](int64_t row, int64_t column, const V* sum, auto vectors) {
           const float* summand = bias + frame[row] * 3 * dim + column;
           float* to = qkv + row * 3 * dim + column;
@@ -272,7 +277,7 @@ class Worker {
     const int64_t dim = dim_, *padded = padded_;
     gemm(
         rows_, dim, [=](int64_t row) { return from + padded[row]; },
-        {of(t_.filters, head, i), 3 * dim, dim},
+        {of(t_.filters, head, i), 3 * dim, dim, filter_of(head, i + 1)},
         [=, &step](int64_t row, int64_t column, const V* sum, auto vectors) {
           float* into = to + padded[row] + dim + column;
 #pragma GCC unroll 4
@@ -302,11 +307,13 @@ class Worker {
       }
     }
     for (int64_t point = 0; point < kPoints; ++point) {
-      const float* left = tiles_ + point * plane;
+      const float *left = tiles_ + point * plane,
+                  *filter = of(t_.filters, head, i) + point * dim * dim;
       float* products = products_ + point * plane;
       gemm(
           tiles, dim, [=](int64_t row) { return left + row * dim; },
-          {of(t_.filters, head, i) + point * dim * dim, t_.head_dim, dim},
+          {filter, t_.head_dim, dim,
+           point + 1 < kPoints ? filter + dim * dim : filter_of(head, i + 1)},
           [=](int64_t row, int64_t column, const V* sum, auto vectors) {
 #pragma GCC unroll 4
             for (int v = 0; v < vectors.kCount; ++v) {
