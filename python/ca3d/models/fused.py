@@ -436,4 +436,5 @@ def _folded_classifier(model: CA3D) -> nn.Linear:
 
 
 def _constant(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.detach(), requires_grad=False)
+    values = values.clone() if values.is_inference() else values.detach()
+    return nn.Parameter(values, requires_grad=False)

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ca3d.models.baselines.baseline import Baseline
 from ca3d.models.fused import FusedCA3D
 from ca3d.models.model import CA3D
 
@@ -47,7 +48,9 @@ def fuse(model: nn.Module, *, portable: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    with torch.no_grad():
+    # Weights of inference mode become ordinary tensors: the kernels can keep what they make of
+    # those.
+    with torch.inference_mode(False), torch.no_grad():
         if isinstance(model, CA3D):
             return FusedCA3D(model, portable=portable)
         return _fuse_any(model)
@@ -60,7 +63,8 @@ def _fuse_any(model: nn.Module) -> nn.Module:
             if isinstance(child, _DROPOUTS):
                 setattr(parent, name, nn.Identity())
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        _fold(model)
+        # A baseline's check of its input can't be traced; nothing is folded across its two parts.
+        _fold(model.features if isinstance(model, Baseline) else model)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
@@ -69,10 +73,19 @@ def _fuse_any(model: nn.Module) -> nn.Module:
     return model
 
 
+class _Tracer(fx.Tracer):
+    """Does not look into what is folded, also where a library derives its own class from it."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one step of the graph."""
+        foldable = isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | _BatchNorm)
+        return foldable or super().is_leaf_module(m, module_qualified_name)
+
+
 def _fold(model: nn.Module) -> None:
     """Folds in place what a trace of the model shows to follow a convolution or linear map."""
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TypeError(

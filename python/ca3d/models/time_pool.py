@@ -36,6 +36,8 @@ class TimePool(nn.Module):
             raise ValueError(f"the time pool takes an even number of frames, got {frames}")
         # In the physical order of the elements, so that the gradient is made in that order too.
         first, second = clip.movedim(1, -1).unflatten(1, (-1, 2)).unbind(2)
+        if not (torch.is_grad_enabled() and clip.requires_grad):
+            return torch.maximum(first, second).movedim(-1, 1)
         # torch's own pooling would keep its input and 8 bytes for each output; `where` keeps the
         # choice alone. A comparison is false for NaN, which must not get lost here.
         second_wins = (second > first).logical_or_(second.isnan())

@@ -44,6 +44,14 @@ def test_candidates_compute_the_same_window(tmp_path):
     assert torch.allclose(stream.load(1)[0](), logits[0], atol=1e-5)
 
 
+def test_peers_run_fused(tmp_path):
+    peers = small(strides="", precisions="float32", peers="r3d_tiny,x3d_tiny")
+    candidates = make_candidates(peers, tmp_path)
+    assert [c.model for c in candidates] == ["ca3d_tiny", "r3d_tiny", "x3d_tiny"]
+    for candidate in candidates:
+        assert candidate.load(1)[0]().isfinite().all()
+
+
 @pytest.mark.slow
 def test_memory_is_measured_apart(tmp_path):
     candidate = make_candidates(small(strides="", precisions="float32"), tmp_path)[0]

@@ -107,6 +107,17 @@ def test_original_is_untouched() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["ca3d_tiny", "r3d_tiny"])
+def test_models_from_inference_mode_get_ordinary_weights(name: str) -> None:
+    clips = torch.randn(1, 3, 16, 32, 32)
+    with torch.inference_mode():
+        model = trained(name).eval()
+        fused = ca3d.fuse(model)
+        assert largest_error(fused(clips), model(clips)) < 1e-5
+    if name == "ca3d_tiny":
+        assert not any(p.is_inference() for p in fused.parameters())
+
+
 def test_nothing_is_left_to_fold() -> None:
     fused = ca3d.fuse(trained())
     kinds = (nn.modules.batchnorm._BatchNorm, nn.Dropout)
@@ -171,6 +182,25 @@ def test_other_models() -> None:
     assert any(isinstance(m, nn.BatchNorm3d) for m in model.modules())
 
 
+# Those that normalise by batches; in the others there is nothing to fold.
+BASELINES: dict[str, dict[str, Any]] = {
+    "r3d_18": {"widths": (4, 8, 16, 32)},
+    "r2plus1d_18": {"widths": (4, 8, 16, 32)},
+    "i3d": {"width": 1 / 16},
+    "x3d_xl": {"width": 0.6, "depth": 1.0, "head_width": 64},
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@torch.no_grad()
+def test_baselines(name: str) -> None:
+    model = trained(name, frames=8, size=32, **BASELINES[name]).eval()
+    clips = torch.randn(2, 3, 8, 32, 32)
+    fused = ca3d.fuse(model)
+    assert largest_error(fused(clips), model(clips)) < 1e-4
+    assert not any(isinstance(m, nn.BatchNorm3d) for m in fused.modules())
+
+
 @torch.no_grad()
 def test_what_can_not_be_folded_stays_or_is_refused() -> None:
     shared = nn.Conv3d(3, 3, 1)
@@ -178,7 +208,7 @@ def test_what_can_not_be_folded_stays_or_is_refused() -> None:
     fused = ca3d.fuse(model)
     assert sum(isinstance(m, nn.BatchNorm3d) for m in fused) == 2
     x = torch.randn(2, 3, 4, 4, 4)
-    assert torch.equal(fused(x), model(x))
+    assert largest_error(fused(x), model(x)) < 1e-6
     with pytest.raises(TypeError, match="can't follow Branching"):
         ca3d.fuse(Branching(norm=True))
     assert not ca3d.fuse(Branching(norm=False)).training
