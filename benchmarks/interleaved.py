@@ -31,6 +31,7 @@ def interleave(
     rounds: int = 30,
     warmup: int = 2,
     budget: float = 4.0,
+    pause: float = 0.0,
 ) -> Timings:
     """Times the candidates in turn.
 
@@ -39,6 +40,8 @@ def interleave(
         rounds: runs of each candidate at most.
         warmup: runs before the clock starts; slow candidates (by `budget`) get one.
         budget: seconds after which a candidate drops out of further rounds, once it has three.
+        pause: seconds before each run. Threads of a pool spin for a while after their work; where
+            candidates have pools of their own, they must have gone to sleep.
 
     Returns:
         The seconds of every run.
@@ -55,6 +58,8 @@ def interleave(
             taken = seconds[name]
             if len(taken) >= 3 and sum(taken) > budget:
                 continue
+            if pause:
+                time.sleep(pause)
             start = time.perf_counter()
             run()
             taken.append(time.perf_counter() - start)

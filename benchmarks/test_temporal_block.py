@@ -112,7 +112,7 @@ def model_timings(name: str) -> Timings:
     torch.set_num_threads(min(2, torch.get_num_threads()))
     candidates = whole(name)
     with torch.inference_mode():
-        return interleave(candidates, rounds=20, budget=12.0)
+        return interleave(candidates, rounds=20, budget=12.0, pause=0.02)
 
 
 @pytest.mark.parametrize("name", MODELS)
