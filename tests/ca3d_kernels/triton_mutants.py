@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import attention_cases
+import block_cases
 import pytest
 import qkv_cases
 import torch
@@ -22,6 +23,7 @@ from ca3d_kernels import PreParamSGD, use_backend
 from ca3d_kernels.local_attention import triton as attention
 from ca3d_kernels.preparam_step import triton as step
 from ca3d_kernels.qkv_attention import triton as qkv
+from ca3d_kernels.temporal_block import triton as block
 
 HALF = torch.float16
 # Where a launcher finds its kernels.
@@ -29,6 +31,7 @@ ATTENTION = (attention, "triton_kernels")
 QKV = (qkv, "triton_kernels")
 TABLE = (qkv, "triton_table_kernels")
 STEP = (step, "triton_kernels")
+BLOCK = (block, "triton_kernels")
 
 PLAIN = Problem(frames=7, heads=3, lead=(5,), dtype=HALF)
 ONE_HEAD = Problem(frames=7, heads=1, lead=(5,), dtype=HALF)
@@ -40,6 +43,8 @@ PUBLISHED = Problem(edge="zero", table="published", dtype=HALF)
 FUSED = Case(frames=7, head_dim=16, positions=3, edge="zero")
 FUSED_LONG = Case(frames=20, head_dim=16, heads=1, positions=2)
 FUSED_TABLE = Case(frames=7, head_dim=16, heads=4, edge="zero", table="published")
+# Several positions in a tile.
+TEMPORAL = block_cases.Case(frames=5, head_dim=16, heads=1, positions=3, batch=1)
 
 
 class Step(NamedTuple):
@@ -55,7 +60,7 @@ class Mutant(NamedTuple):
     file: tuple[ModuleType, str]
     right: str
     wrong: str
-    problem: Problem | Case | Step
+    problem: Problem | Case | Step | block_cases.Case
 
 
 MUTANTS = {
@@ -162,6 +167,28 @@ MUTANTS = {
     "step: what was lost is not added": Mutant(
         STEP, "total = b_theta + b_r", "total = b_theta", Step("compensated")
     ),
+    "temporal half: no zeros behind the clip": Mutant(
+        BLOCK, "has_after = exists & (frame + 1 < frames)", "has_after = exists", TEMPORAL
+    ),
+    "temporal half: no zeros in front of the clip": Mutant(
+        BLOCK, "has_before = exists & (frame > 0)", "has_before = exists", TEMPORAL
+    ),
+    "temporal half: the next frame for the previous one": Mutant(
+        BLOCK, "_frame_at(x, row, -1, before", "_frame_at(x, row, 1, before", TEMPORAL
+    ),
+    "temporal half: residual forgotten": Mutant(BLOCK, "y += _step(", "y = _step(", TEMPORAL),
+    "temporal half: ReLU forgotten": Mutant(
+        BLOCK, "tl.where(y < 0, 0.0, y)", "tl.where(y < 0, y, y)", TEMPORAL
+    ),
+    "temporal half: one shift for all frames": Mutant(
+        BLOCK,
+        "(head * frames + frame) * HEAD_DIM",
+        "(head * frames + 0 * frame) * HEAD_DIM",
+        TEMPORAL,
+    ),
+    "temporal half: filters of the first convolution for the second": Mutant(
+        BLOCK, "place + heads * HEAD_DIM", "place", TEMPORAL
+    ),
 }
 
 
@@ -182,10 +209,12 @@ def check_step(problem: Step) -> None:
         assert_same_bits(x, y)
 
 
-def check(problem: Problem | Case | Step) -> None:
+def check(problem: Problem | Case | Step | block_cases.Case) -> None:
     with use_backend("triton", fallback=False):
         if isinstance(problem, Step):
             check_step(problem)
+        elif isinstance(problem, block_cases.Case):
+            block_cases.check(problem, HALF, "triton")
         elif isinstance(problem, Case):
             qkv_cases.check(problem, HALF, "triton")
         else:
@@ -193,7 +222,7 @@ def check(problem: Problem | Case | Step) -> None:
 
 
 @pytest.mark.parametrize("problem", sorted({m.problem for m in MUTANTS.values()}, key=str), ids=str)
-def test_the_kernels_are_right(problem: Problem | Case | Step) -> None:
+def test_the_kernels_are_right(problem: Problem | Case | Step | block_cases.Case) -> None:
     check(problem)
 
 
