@@ -118,6 +118,7 @@ def test_the_check_notices_shared_functions(tmp_path: Path) -> None:
 
 
 @each_op
+@pytest.mark.slow
 def test_kernels_under_sanitizers(op: str, tmp_path: Path) -> None:
     isas = X86_ISAS if native_machine == "x86_64" else ARM_ISAS
     program = build_parity(op, tmp_path, tool("g++"), isas, "-O1", *SANITIZE)
