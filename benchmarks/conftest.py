@@ -4,6 +4,7 @@ import json
 import platform
 from pathlib import Path
 
+import interleaved
 import pytest
 import torch
 
@@ -16,6 +17,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(Path(__file__).parent / "results.json"),
         help="where the ratios of the benchmarks go (default: results.json beside them)",
     )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="one round of each comparison: to see that all run, not how fast",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick"):
+        interleaved.most_rounds = 1
 
 
 def _machine() -> dict[str, object]:

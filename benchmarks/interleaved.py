@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
+#: Most rounds of any comparison: a few show that everything runs, and say little of its speed.
+most_rounds = 1000
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -50,10 +53,10 @@ def interleave(
         start = time.perf_counter()
         for _ in range(warmup):
             run()
-            if time.perf_counter() - start > budget / 4:
+            if time.perf_counter() - start > budget / 4 or most_rounds < warmup:
                 break
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    for _ in range(min(rounds, most_rounds)):
         for name, run in candidates.items():
             taken = seconds[name]
             if len(taken) >= 3 and sum(taken) > budget:
