@@ -46,12 +46,22 @@ __device__ __forceinline__ void narrow(double x, double* to) {
   *to = x;
 }
 
-// Elements of one access, as they lie in memory and in registers: 16 bytes, or 8 of the narrower of
-// two types that are moved together.
+// What is accessed at once: 16 bytes, or 8 of the narrower of two types that are moved together.
+template <class Stored, int kCount>
+struct WholeAccess {
+  static_assert(kCount * sizeof(Stored) == 16 || kCount * sizeof(Stored) == 8, "a whole access");
+  using Type = std::conditional_t<kCount * sizeof(Stored) == 16, uint4, uint2>;
+};
+// Of uint4 some compilers make three accesses of two doubles.
+template <>
+struct WholeAccess<double, 2> {
+  using Type = double2;
+};
+
+// Elements of one access, as they lie in memory and in registers.
 template <class Stored, int kCount>
 union Vector {
-  static_assert(kCount * sizeof(Stored) == 16 || kCount * sizeof(Stored) == 8, "a whole access");
-  std::conditional_t<kCount * sizeof(Stored) == 16, uint4, uint2> bytes;
+  typename WholeAccess<Stored, kCount>::Type bytes;
   Stored element[kCount];
 };
 

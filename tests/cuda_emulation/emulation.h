@@ -69,6 +69,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
 
 namespace emulation {
 
