@@ -50,6 +50,7 @@ def test_local_attention() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_local_attention_in_every_pair_of_options() -> None:
     tests = str(FOLDER / "local_attention" / "test_parity.py")
     assert run_interpreted(tests, "-k", "every_pair or bfloat16 or wider") > 90

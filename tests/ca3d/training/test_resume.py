@@ -123,6 +123,7 @@ def test_killed_in_half_precision(name: str, bars: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_around_every_write_with_accumulation(bars: Path, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     options = {"accumulate": 2, "precision": "bfloat16", "epochs": 2, "optimizer": "sgd"}
