@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 from commands import run, tool
+from exhaustive import often
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -77,6 +79,18 @@ def build_parity(op: str, folder: Path, compiler: str, isas: tuple[str, ...], *f
     return program
 
 
+@pytest.fixture(scope="module")
+def optimised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The parity program of an op as users' machines run it, built once for all tests."""
+
+    @cache
+    def build(op: str) -> Path:
+        isas = X86_ISAS if native_machine == "x86_64" else ARM_ISAS
+        return build_parity(op, tmp_path_factory.mktemp(op), tool("g++"), isas, "-O3")
+
+    return build
+
+
 def test_every_kernel_has_a_parity_program() -> None:
     assert {source.parent.name for source in KERNELS} == set(PARITY)
 
@@ -117,8 +131,11 @@ def test_the_check_notices_shared_functions(tmp_path: Path) -> None:
         test_kernels_share_no_function_with_other_instruction_sets(source, "avx512", tmp_path)
 
 
-@each_op
+# `test_sanitized_library.py` has the others under the sanitizers too.
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "op", often([(op,) for op in PARITY], lambda op: op in ("temporal_block", "folded_conv"))
+)
 def test_kernels_under_sanitizers(op: str, tmp_path: Path) -> None:
     isas = X86_ISAS if native_machine == "x86_64" else ARM_ISAS
     program = build_parity(op, tmp_path, tool("g++"), isas, "-O1", *SANITIZE)
@@ -128,17 +145,15 @@ def test_kernels_under_sanitizers(op: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @each_op
-def test_kernels_over_many_shapes(op: str, tmp_path: Path) -> None:
-    isas = X86_ISAS if native_machine == "x86_64" else ARM_ISAS
-    program = build_parity(op, tmp_path, tool("g++"), isas, "-O3")
-    assert "baseline ok" in run(program, "400")
+def test_kernels_over_many_shapes(op: str, optimised: Callable[[str], Path]) -> None:
+    assert "baseline ok" in run(optimised(op), "400")
 
 
 @on_x86
 @pytest.mark.slow
 @each_op
-def test_kernels_on_older_machines(op: str, tmp_path: Path) -> None:
-    program = build_parity(op, tmp_path, tool("g++"), X86_ISAS, "-O3")
+def test_kernels_on_older_machines(op: str, optimised: Callable[[str], Path]) -> None:
+    program = optimised(op)
     emulator = tool("qemu-x86_64")
     old = run(emulator, "-cpu", "Nehalem", program, "20")
     assert "baseline ok" in old
