@@ -61,6 +61,7 @@ def accuracy(recipe: Recipe, shuffled: bool) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_motion_order_needs_the_order_of_frames() -> None:
     """A model learns the classes on unseen sprites, and nothing from a bag of frames."""
     recipe = Recipe("motion-order", 32, 16, 16, 0.0, 0)
