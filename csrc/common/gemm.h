@@ -21,7 +21,7 @@ constexpr int kGemmRows = 4, kGemmVectors = 2;
 #endif
 
 // The right factor: `depth` rows, `stride` elements apart, of as many columns as are asked for.
-// `next`, of the same form, is what the next product begins with, or null.
+// `next` is what the next product begins with, rows as far apart, or null.
 struct GemmRight {
   const float* data;
   int64_t depth;

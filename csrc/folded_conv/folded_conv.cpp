@@ -65,12 +65,11 @@ void check_channels(const char* name, int64_t value) {
   require(value % kFoldedConvChannels == 0, name, value, "a multiple of 16");
 }
 
-int64_t quotient(int64_t a, int64_t b) {
+int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// About how long a task takes, in the time in which a row of the inputs meets one panel of filters,
-// times the panels of all outputs.
+// About how long a task takes; 1 is what one tile's products for all outputs of a group take.
 double task_cost(int64_t tiles, int64_t parts, int64_t outputs, int64_t rows) {
   // Rows that don't fill the registers; each block of them takes at least the time of four.
   const int64_t rest = tiles % rows;
@@ -85,21 +84,21 @@ double task_cost(int64_t tiles, int64_t parts, int64_t outputs, int64_t rows) {
 // Cuts tiles into blocks and outputs into parts so that the busiest thread has the least to do.
 void cut(FoldedConvTables& tables, const FoldedConvKernels& isa, int threads) {
   const FoldedConvProblem& problem = tables.problem;
-  tables.panels = quotient(problem.outputs, isa.panel);
-  const int64_t least = quotient(tables.tiles, kMostTiles);
+  tables.panels = divide_up(problem.outputs, isa.panel);
+  const int64_t least = divide_up(tables.tiles, kMostTiles);
   const int64_t most = std::min(least + 2 * threads, tables.tiles);
   double best = 0;
   for (int64_t parts = 1; parts <= std::min<int64_t>(threads, tables.panels); ++parts) {
     for (int64_t blocks = least; blocks <= most; ++blocks) {
-      const int64_t tiles = quotient(tables.tiles, blocks);
-      const int64_t tasks = quotient(tables.tiles, tiles) * parts * problem.groups;
-      const double cost = static_cast<double>(quotient(tasks, threads)) *
+      const int64_t tiles = divide_up(tables.tiles, blocks);
+      const int64_t tasks = divide_up(tables.tiles, tiles) * parts * problem.groups;
+      const double cost = static_cast<double>(divide_up(tasks, threads)) *
                           task_cost(tiles, parts, problem.outputs, isa.register_rows);
       if (tables.parts == 0 || cost < best) {
         best = cost;
         tables.parts = parts;
         tables.task_tiles = tiles;
-        tables.blocks = quotient(tables.tiles, tiles);
+        tables.blocks = divide_up(tables.tiles, tiles);
       }
     }
   }
@@ -128,8 +127,8 @@ void folded_conv(const FoldedConvProblem& problem, const float* filters,
   tables.x = x;
   tables.residual = residual;
   tables.z = z;
-  tables.tile_rows = quotient(problem.height, kTileRows);
-  tables.tile_columns = quotient(problem.width, kTileColumns);
+  tables.tile_rows = divide_up(problem.height, kTileRows);
+  tables.tile_columns = divide_up(problem.width, kTileColumns);
   tables.tiles = problem.images * tables.tile_rows * tables.tile_columns;
   const FoldedConvKernels& isa = kernels();
   cut(tables, isa, threads);

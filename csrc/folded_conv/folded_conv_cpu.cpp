@@ -114,7 +114,7 @@ class Worker {
       float* products = outputs_ + point * plane(t_, wide);
       const float* filter =
           t_.filters + ((group * kPoints + point) * t_.panels + first_panel_) * panel_size;
-      const float* of_next_point = filter + t_.panels * panel_size;
+      const float* of_next_point = point + 1 < kPoints ? filter + t_.panels * panel_size : nullptr;
       for (int64_t panel = 0; panel < wide; panel += kPanel, filter += panel_size) {
         gemm(
             tiles_, kPanel, [=](int64_t row) { return left + row * depth; },

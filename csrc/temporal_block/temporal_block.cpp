@@ -17,8 +17,7 @@ namespace {
 
 constexpr int64_t kTaps = 3;
 constexpr int64_t kTileFrames = 4;
-// Frames (of all pixels of a task together) whose matrices stay in the first two caches. They make
-// tiles in a number that the rows of every kernel's blocks divide.
+// Frames, of all pixels of a task together, whose matrices stay in the first two caches.
 constexpr int64_t kBlockRows = 96;
 
 const TemporalBlockKernels& kernels() {

@@ -137,7 +137,7 @@ class Worker {
     return m.data + head * m.head + i * m.step;
   }
 
-  // What is read first of convolution i, or null behind the last one.
+  // The filters of convolution i, or null behind the last one.
   const float* filter_of(int64_t head, int64_t i) const {
     return i < t_.convolutions ? of(t_.filters, head, i) : nullptr;
   }
@@ -169,7 +169,7 @@ class Worker {
     const int64_t dim = dim_, *frame = frame_;
     gemm(
         rows_, 3 * dim, [=](int64_t row) { return x + row * dim; },
-        {of(t_.qkv_weight, head), t_.head_dim, 3 * dim, filter_of(head, 0)},
+        {of(t_.qkv_weight, head), t_.head_dim, 3 * dim, nullptr},
         [=](int64_t row, int64_t column, const V* sum, auto vectors) {
           const float* summand = bias + frame[row] * 3 * dim + column;
           float* to = qkv + row * 3 * dim + column;

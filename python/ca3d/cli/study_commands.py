@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ca3d.cli.output import as_json, log_warnings
+from ca3d.cli.output import log_warnings
 
 if TYPE_CHECKING:
-    from ca3d.cli.options import InfoConfig
-    from ca3d.demo import DemoConfig
     from ca3d.edge_bench import BenchConfig
     from ca3d.experiments.claims_study import ClaimsConfig
     from ca3d.experiments.compare import CompareConfig
@@ -87,35 +85,3 @@ def study_claims(config: ClaimsConfig) -> None:
     from ca3d.experiments.claims_study import run
 
     print(f"report: {run(config)}")
-
-
-def demo(config: DemoConfig) -> None:
-    """Runs the demo.
-
-    Args:
-        config: The options.
-    """
-    from ca3d.demo import run
-
-    log_warnings()
-    run(config)
-
-
-def info(config: InfoConfig) -> None:
-    """Describes the installation, a weights file, a run, a data set or a video.
-
-    Args:
-        config: The options.
-    """
-    from ca3d import info as about
-
-    if config.models:
-        content = about.models()
-    elif config.path is None:
-        content = about.installation()
-    else:
-        content = about.describe(config.path)
-    if config.json:
-        print(as_json(content))
-    else:
-        print(about.as_text(content))

@@ -225,14 +225,14 @@ COMMANDS = (
     Command(
         "demo",
         "ca3d.demo:DemoConfig",
-        "ca3d.cli.study_commands:demo",
+        "ca3d.cli.first_commands:demo",
         "make videos, train on them, recognise unseen ones, leave a report",
         ("ca3d demo", "ca3d demo --out demo --quick"),
     ),
     Command(
         "info",
         "ca3d.cli.options:InfoConfig",
-        "ca3d.cli.study_commands:info",
+        "ca3d.cli.first_commands:info",
         "describe this installation, a weights file, a run or a video",
         ("ca3d info", "ca3d info runs/mine", "ca3d info --models"),
     ),

@@ -48,8 +48,7 @@ def fuse(model: nn.Module, *, portable: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    # Weights of inference mode become ordinary tensors: the kernels can keep what they make of
-    # those.
+    # A CA3D made in inference mode gets ordinary weights: what the kernels make of those is kept.
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(model, CA3D):
             return FusedCA3D(model, portable=portable)

@@ -131,6 +131,11 @@ class Classifier:
 
         Raises:
             ca3d.errors.UserError: The file can't be used, or the stride not with its model.
+
+        Example:
+            >>> Classifier.from_file("missing.safetensors", stride=4, device="cpu")
+            Traceback (most recent call last):
+            ca3d.errors.UserError: missing.safetensors: no such file
         """
         file = weights_file(path)
         chosen = choose_device(device)

@@ -216,7 +216,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bug_is_called_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ca3d.cli import study_commands as commands
+    from ca3d.cli import first_commands as commands
 
     def broken(config: object) -> None:
         raise RuntimeError("oh")
@@ -229,7 +229,7 @@ def test_a_bug_is_called_one(
 def test_missing_packages_are_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ca3d.cli import study_commands as commands
+    from ca3d.cli import first_commands as commands
 
     def lacking(config: object) -> None:
         raise ModuleNotFoundError("No module named 'av'", name="av")
@@ -243,7 +243,7 @@ def test_missing_packages_are_named_with_the_remedy(
 def test_signals_end_any_command(
     number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ca3d.cli import study_commands as commands
+    from ca3d.cli import first_commands as commands
 
     def interrupted(config: object) -> None:
         os.kill(os.getpid(), number)
