@@ -155,7 +155,11 @@ def main(arguments: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     if options.command is None:
-        print(report())
+        try:
+            print(report(), flush=True)
+        except BrokenPipeError:
+            # The reader of a pipe (`| head`) has gone; Python would complain once more at exit.
+            sys.stdout = None
         return 0
     return _dump_kernels(options.arch, options.out, options.problem)
 

@@ -56,8 +56,11 @@ def local_attention_launches(
     operands: list[_Operand],
 ) -> list[dict[str, Any]]: ...
 
+PREPARAM_CHUNK: int
+
 # `addresses` are those of numbers (lr, momentum, 1 - dampening, weight_decay, scale, gradient_scale
-# in float64) and found_inf (float32), 0 for none.
+# in float64), found_inf (float32) and the largest magnitudes (two numbers for each
+# PREPARAM_CHUNK elements of a tensor, in the dtype that is computed in), 0 for none.
 def preparam_sgd_step(
     table: array[int],
     param: str,
@@ -66,7 +69,7 @@ def preparam_sgd_step(
     nesterov: bool,
     rounding: str,
     random: tuple[int, int],
-    addresses: tuple[int, int],
+    addresses: tuple[int, int, int],
     device: int,
     stream: int,
 ) -> None: ...
@@ -78,7 +81,7 @@ def preparam_sgd_step_overflows(
     nesterov: bool,
     rounding: str,
     random: tuple[int, int],
-    addresses: tuple[int, int],
+    addresses: tuple[int, int, int],
     device: int,
     stream: int,
 ) -> None: ...
@@ -90,6 +93,6 @@ def preparam_launches(
     nesterov: bool,
     rounding: str,
     random: tuple[int, int],
-    addresses: tuple[int, int],
+    addresses: tuple[int, int, int],
     overflows: bool,
 ) -> list[dict[str, Any]]: ...

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 NAMES = ("cuda", "triton", "cpu", "reference")
+_VARIABLE = "CA3D_BACKEND"
 
 # What a device type tries, best first.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -135,6 +136,21 @@ def requested(backend: str | None = None) -> str:
     return check_name(backend) if backend else _context.get()[0]
 
 
+def from_environment() -> str:
+    """The backend that ``CA3D_BACKEND`` names; ``""`` if it names none.
+
+    Raises:
+        ValueError: not the name of a backend.
+
+    Example:
+        >>> os.environ[_VARIABLE] = "reference"
+        >>> from_environment()
+        'reference'
+        >>> del os.environ[_VARIABLE]
+    """
+    return check_name(os.environ.get(_VARIABLE) or "auto", _VARIABLE)
+
+
 def explain(op: str, device: str) -> dict[str, str | None]:
     """Why each backend that could serve an op on a device type can't, or None when it can.
 
@@ -159,23 +175,30 @@ def choose(op: str, device: str, backend: str = "") -> list[Implementation]:
     Args:
         op: name of the op.
         device: device type of the tensors, ``"cpu"`` or ``"cuda"``.
-        backend: result of `requested`. ``""`` leaves the choice to ``CA3D_BACKEND`` (which is
+        backend: result of `requested`. ``""`` leaves the choice to `from_environment` (which is
             ignored on devices that the backend doesn't serve) and then to what is available.
+            A backend that has no kernel of this op leaves it to the next, unless
+            ``fallback=False`` was asked for.
 
     Returns:
         The chosen implementation first, then those to fall back to.
 
     Raises:
         ValueError: the demanded backend can't run the op on this device (the message says why),
-            or ``CA3D_BACKEND`` isn't the name of a backend.
+            no backend serves it, or ``CA3D_BACKEND`` isn't the name of a backend.
     """
+    if device not in _PREFERENCE:
+        raise ValueError(f"{op} can't run on {device} tensors, only on {', '.join(_PREFERENCE)}")
     order = _PREFERENCE[device]
     source = "backend"
     if not backend:
-        source = "CA3D_BACKEND"
-        backend = check_name(os.environ.get(source) or "auto", source)
+        source = _VARIABLE
+        backend = from_environment()
         if backend and backend not in order and _obstacle(op, backend, device):
             backend = ""
+    if backend in order and backend not in _implementations[op] and _may_fall_back():
+        order = order[order.index(backend) + 1 :]
+        backend = ""
     if backend:
         if obstacle := _obstacle(op, backend, device):
             usable = [name for name in order if _obstacle(op, name, device) is None]
@@ -208,7 +231,7 @@ def run(op: str, device: str, backend: str, call: Callable[[Any], Result]) -> Re
         try:
             return call(implementation.load())
         except UnsupportedInputError as limit:
-            if not _context.get()[1]:
+            if not _may_fall_back():
                 raise
             _warn_fallback(op, implementation.backend, following.backend, str(limit))
     return call(implementations[-1].load())
@@ -244,6 +267,10 @@ def native_lacks(*functions: str) -> str | None:
     if missing:
         return f"the compiled library is of another version (it has no {missing[0]}): build it anew"
     return None
+
+
+def _may_fall_back() -> bool:
+    return _context.get()[1]
 
 
 def _obstacle(op: str, backend: str, device: str) -> str | None:

@@ -1,12 +1,17 @@
 """The library of CUDA kernels: whether it can run here, and where its kernels go."""
 
+import contextlib
 import functools
 import importlib
 import re
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ca3d_kernels import backends
 
 
 @functools.cache
@@ -77,7 +82,8 @@ def _obstacle() -> str | None:
 def driver_obstacle(driver: int, runtime: int) -> str | None:
     """Why a driver can't run a library built with a CUDA runtime, or None when it can.
 
-    A driver runs what any release of the same major version built.
+    A driver runs what any release of the same major version built. Of large kernel arguments, which
+    one before 12.1 would refuse, the library makes several small ones.
 
     Args:
         driver: newest CUDA version that the driver supports, such as 12040; 0 without a driver.
@@ -134,13 +140,35 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def place(x: Tensor) -> tuple[int, int]:
-    """Device number and address of the current stream, for a kernel that works on a tensor.
+def call(
+    library: ModuleType, function: Callable[..., Any], arguments: tuple[Any, ...], near: Tensor
+) -> None:
+    """Has the compiled library queue a kernel on the current stream of a tensor's device.
+
+    Args:
+        library: the module `ca3d_kernels._cuda`.
+        function: of it, that takes a device number and the address of a stream last.
+        arguments: its other arguments.
+        near: a tensor of the device.
+
+    Raises:
+        UnsupportedInputError: naming the limit of the kernel.
 
     Example:
-        >>> place(torch.zeros(1))
-        (0, 0)
+        >>> library = ModuleType("_cuda")
+        >>> library.UnsupportedError = ArithmeticError
+        >>> call(library, print, ("a kernel on",), torch.zeros(1))
+        a kernel on 0 0
     """
-    if x.device.type != "cuda":
-        return 0, 0
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    number, stream = 0, 0
+    device: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if near.is_cuda:
+        number, stream = near.device.index, torch.cuda.current_stream(near.device).cuda_stream
+        # The library guards the device too, but its way back would make a context on one that this
+        # process has never used: hundreds of MB there, since CUDA 12. torch's guard knows.
+        device = torch.cuda.device(near.device)
+    try:
+        with device:
+            function(*arguments, number, stream)
+    except library.UnsupportedError as limit:
+        raise backends.UnsupportedInputError(str(limit)) from None

@@ -20,6 +20,7 @@ from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.dump import Compiled
 from ca3d_kernels.local_attention.cpu import operand, problem
 from ca3d_kernels.preparam_step.cpu import library_arguments
+from ca3d_kernels.preparam_step.remembered import unknown_largest
 from ca3d_kernels.problems import Case
 from ca3d_kernels.triton_compile import tool
 
@@ -87,7 +88,7 @@ def _attention(values: Mapping[str, Any], device: torch.device) -> list[Planned]
 
 def _step(values: Mapping[str, Any], device: torch.device) -> list[Planned]:
     batch = problems.step_batch(values, device)
-    found_inf = torch.empty((), device=device)
+    found_inf = torch.empty((), dtype=torch.float32, device=device)
     table, *rest = library_arguments(batch)
     operands = {}
     columns = len(table) // len(batch.params)
@@ -104,11 +105,21 @@ def _step(values: Mapping[str, Any], device: torch.device) -> list[Planned]:
             operands[f"runs[{i}].{name}"] = x
             # Meta tensors have no address, and the library refuses null where it would read.
             table[i * columns + column] = x.data_ptr() or _SOMEWHERE
-    with_flag = {**operands, "device.found_inf": found_inf}
+    largest = unknown_largest(batch, cuda.library().PREPARAM_CHUNK)
+    first = {**operands, "device.found_inf": found_inf}
+    checked = {**first, "device.largest": largest}
     found = []
-    for overflows, tensors in ((True, with_flag), (False, with_flag), (False, operands)):
-        flag = (found_inf.data_ptr() or _SOMEWHERE) if "device.found_inf" in tensors else 0
-        plans = cuda.library().preparam_launches(table, *rest, (0, flag), overflows)
+    for overflows, tensors in (
+        (True, first),
+        (True, checked),
+        (False, checked),
+        (False, operands),
+    ):
+        addresses = [0, 0, 0]
+        for i, name in enumerate(("device.found_inf", "device.largest"), 1):
+            if name in tensors:
+                addresses[i] = tensors[name].data_ptr() or _SOMEWHERE
+        plans = cuda.library().preparam_launches(table, *rest, tuple(addresses), overflows)
         found += [Planned(plan, tensors) for plan in plans]
     return found
 
@@ -172,8 +183,11 @@ def code(op: str, arch: str) -> tuple[str, bytes]:
     """
     library = cuda.library()
     assert library.__file__ is not None
-    lowest = min(int(n) for n in re.findall(r"compute_(\d+)", library.architectures()))
-    if int(arch.removeprefix("sm_")) < lowest:
+    wanted = int(arch.removeprefix("sm_"))
+    compiled = [int(n) for n in re.findall(r"compute_(\d+)", library.architectures())]
+    # What machine code comes from, and a driver would choose.
+    newest = max((n for n in compiled if n <= wanted), default=None)
+    if newest is None:
         raise UnsupportedInputError(
             f"the CUDA library was built for {library.architectures()}, not for {arch}; "
             f"CA3D_CUDA_ARCHS names others when it is installed"
@@ -181,7 +195,7 @@ def code(op: str, arch: str) -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         tool("cuobjdump", "-xptx", "all", library.__file__, folder=folder)
         tool("cuobjdump", "-xelf", "all", "-arch", arch, library.__file__, folder=folder)
-        ptx = Path(folder, f"{op}.sm_{lowest}.ptx")
+        ptx = Path(folder, f"{op}.sm_{newest}.ptx")
         cubin = Path(folder, f"{op}.{arch}.cubin")
         if not cubin.exists():
             tool("ptxas-blackwell", f"-arch={arch}", str(ptx), "-o", str(cubin))

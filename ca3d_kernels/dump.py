@@ -64,6 +64,16 @@ _MEANINGS = {
     "bias": "of q, k and v of each head (of every frame if bias_frame isn't 0); not read if none",
     "bias_head": "stride of bias in its dimension heads, in elements",
     "bias_frame": "stride of bias in its dimension frames, in elements; 0 if all frames are alike",
+    "out": "output, written",
+    "qkv_weight": "filters of q, k and v of each head, (in, out)",
+    "qkv_bias": "of q, k and v of each head, for every frame",
+    "norm_scale": "factor of the attention's output and its residual, channel by channel",
+    "norm_shift": "added to them, for every frame",
+    "column_weight": "filters of each temporal convolution and head, (3 frames * in, out)",
+    "column_bias": "of each temporal convolution, added before its ReLU",
+    "column_scale": "factor of each channel after each ReLU",
+    "column_shift": "added to each channel after each ReLU",
+    "convolutions": "number of temporal convolutions",
     "pixels": "B * T * N",
     "partial_weight": "each program's share of the weight's gradient, written; sum over the first",
     "partial_bias": "each program's share of the bias' gradient, written; sum over the first",
@@ -87,13 +97,18 @@ _MEANINGS = {
     "hyper": "lr, momentum, 1 - dampening, weight decay, c and k",
     "random": "seed, and how many steps came before",
     "found_inf": "set to 1 by the search; a step with it does nothing unless it is 0",
+    "largest": "largest |theta| and |momentum| of each chunk: written by a step, read by the next "
+    "search, NaN if unknown",
 }
+_DIMENSIONS = ("outer", "inner", "head", "frame")
 
 
 def _meaning(name: str) -> str:
     if name in _MEANINGS:
         return _MEANINGS[name]
     operand, _, dim = name.rpartition("_")
+    assert operand in _MEANINGS, name
+    assert dim in _DIMENSIONS, name
     return f"stride of {operand} in its dimension {dim}, in elements"
 
 

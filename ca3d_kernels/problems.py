@@ -17,6 +17,7 @@ from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.preparam_step import triton as step
 from ca3d_kernels.preparam_step.op import ROUNDINGS, Batch
 from ca3d_kernels.preparam_step.reference import Hyperparameters
+from ca3d_kernels.preparam_step.remembered import unknown_largest
 from ca3d_kernels.qkv_attention import triton as qkv
 from ca3d_kernels.temporal_block import triton as block
 from ca3d_kernels.temporal_block.op import Weights
@@ -313,10 +314,12 @@ def step_batch(values: Mapping[str, Any], device: torch.device) -> Batch:
 
 def _step(values: Mapping[str, Any], device: torch.device) -> list[Launch]:
     batch = step_batch(values, device)
-    found_inf = torch.empty((), device=device)
+    found_inf = torch.empty((), dtype=torch.float32, device=device)
+    largest = unknown_largest(batch, step.CHUNK)
     return [
         *step.launches(batch, found_inf, overflows=True),
-        *step.launches(batch, found_inf),
+        *step.launches(batch, found_inf, overflows=True, largest=largest),
+        *step.launches(batch, found_inf, largest=largest),
         *step.launches(batch, None),
     ]
 

@@ -94,9 +94,10 @@ def _missing() -> str | None:
 def _no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (7, 5):
-        major, minor = torch.cuda.get_device_capability()
-        return f"the GPU is sm_{major}{minor}, older than sm_75"
+    for index in range(torch.cuda.device_count() if torch.version.hip is None else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        if (major, minor) < (7, 5):
+            return f"cuda:{index} is of sm_{major}{minor}, older than sm_75"
     return None
 
 

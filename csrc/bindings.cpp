@@ -61,8 +61,8 @@ void attention_backward(const std::string& dtype, const std::array<int64_t, 5>& 
 // Two numbers for each piece of kPreParamRun elements, run after run; none for unknown.
 using PreParamLargest = py::array_t<double, py::array::c_style>;
 
-ca3d::PreParamLargest* parse_largest(const std::vector<ca3d::PreParamRun>& runs,
-                                     std::optional<PreParamLargest>& largest) {
+ca3d::PreParamLargest<double>* parse_largest(const std::vector<ca3d::PreParamRun>& runs,
+                                             std::optional<PreParamLargest>& largest) {
   if (!largest) return nullptr;
   int64_t pieces = 0;
   for (const ca3d::PreParamRun& run : runs) {
@@ -72,7 +72,7 @@ ca3d::PreParamLargest* parse_largest(const std::vector<ca3d::PreParamRun>& runs,
     throw std::invalid_argument("largest must be flat, with 2 numbers for each of " +
                                 std::to_string(pieces) + " pieces");
   }
-  return reinterpret_cast<ca3d::PreParamLargest*>(largest->mutable_data());
+  return reinterpret_cast<ca3d::PreParamLargest<double>*>(largest->mutable_data());
 }
 
 template <auto kFunction>
@@ -81,7 +81,7 @@ auto preparam(const PreParamTable& table, const std::string& param, const std::s
               const ca3d::Random& random, int threads, std::optional<PreParamLargest> largest) {
   const ca3d::PreParamStep step = parse_step(param, pre_param, hyper, nesterov, rounding, random);
   const std::vector<ca3d::PreParamRun> runs = parse_runs(table);
-  ca3d::PreParamLargest* entries = parse_largest(runs, largest);
+  ca3d::PreParamLargest<double>* entries = parse_largest(runs, largest);
   const py::gil_scoped_release release;
   return kFunction(step, runs.data(), static_cast<int64_t>(runs.size()), threads, entries);
 }

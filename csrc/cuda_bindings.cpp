@@ -115,11 +115,12 @@ py::list attention_launches(const std::string& dtype, const Sizes& sizes,
 
 // ---- the pre-parameter step ----
 
-// Addresses of numbers (6 float64) and found_inf (float32), 0 for none.
-using DeviceAddresses = std::array<uintptr_t, 2>;
+// Addresses of numbers (6 float64), found_inf (float32) and largest, 0 for none.
+using DeviceAddresses = std::array<uintptr_t, 3>;
 
 PreParamDevice parse_addresses(const DeviceAddresses& addresses) {
-  return {reinterpret_cast<const double*>(addresses[0]), reinterpret_cast<float*>(addresses[1])};
+  return {reinterpret_cast<const double*>(addresses[0]), reinterpret_cast<float*>(addresses[1]),
+          reinterpret_cast<void*>(addresses[2])};
 }
 
 void preparam_step(const PreParamTable& table, const std::string& param,
@@ -157,11 +158,12 @@ py::list preparam_launches(const PreParamTable& table, const std::string& param,
   std::vector<PreParamRun> runs = parse_runs(table);
   check(step, runs.data(), static_cast<int64_t>(runs.size()));
   runs = nonempty(runs.data(), static_cast<int64_t>(runs.size()));
+  const auto count = static_cast<int64_t>(runs.size());
   py::list launches;
-  for (const PreParamLaunch& one : plan_preparam(runs.data(), static_cast<int64_t>(runs.size()))) {
+  for (const PreParamLaunch& one : plan_preparam(runs.data(), count, allows_large_tables())) {
     const auto bytes = argument_bytes(step, one, runs.data(), parse_addresses(addresses));
-    launches.append(described(entry_name(step, one, overflows), one.grid, kPreParamThreads, 0,
-                              "PreParamArguments", bytes.data(), bytes.size(),
+    launches.append(described(entry_name(step, one, overflows), one.grid, kPreParamThreads,
+                              shared_bytes(step), "PreParamArguments", bytes.data(), bytes.size(),
                               argument_fields(step, one)));
   }
   return launches;
@@ -196,10 +198,12 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("preparam_launches", &preparam_launches, py::arg("table"), py::arg("param"),
         py::arg("pre_param"), py::arg("hyper"), py::arg("nesterov"), py::arg("rounding"),
         py::arg("random"), py::arg("addresses"), py::arg("overflows"));
+  m.attr("PREPARAM_CHUNK") = kPreParamChunk;
   m.def("architectures", [] { return std::string(CA3D_CUDA_ARCHS); });
   m.def("runtime_version", &cuda_runtime_version);
   m.def("driver_version", &cuda_driver_version);
 #ifdef CA3D_CUDA_EMULATION
   m.def("set_order", &emulation::set_order, py::arg("order"));
+  m.def("atomics", &emulation::atomics);
 #endif
 }

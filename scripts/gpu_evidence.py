@@ -1,10 +1,12 @@
 """Writes docs/gpu-evidence.md: what can be known about the GPU kernels without a GPU.
 
-    python scripts/gpu_evidence.py
+    CA3D_CUDA_ARCHS=all python setup.py build_ext --inplace
+    CA3D_PTX_RUNNER=FOLDER python scripts/gpu_evidence.py
 
-Registers, shared memory, spills and instructions come from NVIDIA's assembler and tools, traffic
-from running the PTX on the CPU (left out unless CA3D_PTX_RUNNER names the runner's folder), the
-rest is arithmetic on public data sheets. Nothing in it is a measurement on a GPU.
+It takes three quarters of an hour of one core. Registers, shared memory, spills and instructions
+come from NVIDIA's assembler and tools, traffic from running the PTX on the CPU (left out unless
+CA3D_PTX_RUNNER names the runner's folder), the rest is arithmetic on public data sheets. Built for
+fewer GPUs, the CUDA kernels have no rows for older ones. Nothing in it is a measurement on a GPU.
 """
 
 import platform
@@ -21,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 import ptx_runner  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from ca3d_kernels import cuda_dump, problems  # noqa: E402
+from ca3d_kernels import cuda, cuda_dump, problems  # noqa: E402
 from ca3d_kernels.backends import UnsupportedInputError  # noqa: E402
 from ca3d_kernels.cuda_dump import Planned  # noqa: E402
 from ca3d_kernels.problems import Case  # noqa: E402
@@ -47,8 +49,8 @@ ARCHS = {
     "sm_100": Multiprocessor(64, 32, 228 << 10),
     "sm_120": Multiprocessor(48, 24, 100 << 10),
 }
-# Bytes a second, by the data sheets.
 LISTS = ("param", "grad", "pre_param", "momentum", "compensation")  # tensors of a step
+# Bytes a second, by the data sheets.
 DEVICES = {"H100 SXM": 3.35e12, "RTX 4090": 1.008e12, "Orin AGX": 204.8e9}
 
 
@@ -92,10 +94,14 @@ def size(tensors: list[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def of_step(reached: dict[str, list[Tensor]], searches: bool) -> int:
-    """What a step, or its search for overflows, must move."""
+def of_step(
+    name: str, reached: dict[str, list[Tensor]], flagged: bool, remembers: bool
+) -> tuple[str, int]:
+    """What to call the launch of a step or of its search for overflows, and what it must move."""
     w, g, *states = (size(reached.get(name, [])) for name in LISTS)
-    return g + sum(states) if searches else g + w + 2 * sum(states)
+    if "overflows" not in name:
+        return name if flagged else f"{name}, unconditional", g + w + 2 * sum(states)
+    return (name, g) if remembers else (f"{name}, the first", g + sum(states))
 
 
 def triton_kernel(case: Case, launch: Launch) -> Kernel:
@@ -109,15 +115,14 @@ def triton_kernel(case: Case, launch: Launch) -> Kernel:
         reached = {
             key: list(launch.reached[i * each : (i + 1) * each]) for i, key in enumerate(names)
         }
-        least = of_step(reached, "overflows" in name)
+        flagged = launch.constants.get("PREDICATED") is not False
+        name, least = of_step(name, reached, flagged, "largest" in launch.arguments)
         # A flag that isn't 0 would stop the step; the chunk table stays as it is.
         operands = [*launch.reached, *list(tensors.values())[2:]]
     else:
         skipped = ("key_counts", "bias", "weight", "partial_weight", "partial_bias")
         least = size([x for k, x in tensors.items() if k not in skipped])
         operands = [x for x in tensors.values() if x.is_floating_point()]
-    if launch.constants.get("PREDICATED") is False:
-        name += ", unconditional"
 
     def used(arch: str) -> Resources:
         compiled = compile_for(launch, arch)
@@ -138,9 +143,8 @@ def cuda_kernel(case: Case, launch: Planned) -> Kernel:
         reached: dict[str, list[Tensor]] = {}
         for key, x in operands.items():
             reached.setdefault(key.rpartition(".")[2], []).append(x)
-        least = of_step(reached, "overflows" in name)
-        if "device.found_inf" not in operands:
-            name += ", unconditional"
+        flagged = "device.found_inf" in operands
+        name, least = of_step(name, reached, flagged, "device.largest" in operands)
     else:
         least = size(list(operands.values()))
 
@@ -263,7 +267,8 @@ def roofline_rows() -> Iterator[str]:
 INTRODUCTION = """# What is known about the GPU kernels without a GPU
 
 **Everything here is computed, not measured. No GPU has run these kernels.**
-Written by `python scripts/gpu_evidence.py` with triton {triton} on {machine}, {date}.
+Written by `python scripts/gpu_evidence.py` with triton {triton} and a CUDA library built for
+{archs} on {machine}, {date}.
 
 """
 COMPILED = """## Compiled code (computed, not measured)
@@ -279,6 +284,10 @@ TRAFFIC = """
 The PTX for sm_90, run on the CPU on a small problem: what its threads ask for, against every
 operand read once and every result written once. A value that all threads of a warp read is counted
 once a thread in the bytes, though it moves one sector: the step's table and numbers show there.
+The step's search for overflows comes after another step, whose magnitudes tell that nothing can
+overflow: its minimum are the gradients; the first search reads theta and momentum too. Triton's
+warps each read ten numbers and table entries for their 1024 elements, which beside 2 bytes an
+element count.
 Clips longer than a tile are read with their halo, most of which a GPU finds in its caches. Triton's
 tiles hold 64 rows; 32 in float32, and in a backward pass with a head_dim above 64; 16 in float32
 with a head_dim above 64: more would not fit into registers. With a window of 5 frames a longer clip
@@ -310,7 +319,10 @@ def main() -> None:
     """Writes the file."""
     machine = f"{platform.system()} {platform.machine()}"
     introduction = INTRODUCTION.format(
-        triton=version("triton"), machine=machine, date=time.strftime("%Y-%m-%d")
+        triton=version("triton"),
+        archs=cuda.library().architectures().replace(",", ", "),
+        machine=machine,
+        date=time.strftime("%Y-%m-%d"),
     )
     traffic = [SKIPPED]
     if ptx_runner.FOLDER:

@@ -57,7 +57,7 @@ def filters(weight: Tensor, groups: int, panel: int) -> Tensor:
         torch.Size([2, 24, 1, 16, 16])
     """
     wide = weight.double().unflatten(0, (groups, -1))
-    two, four = (torch.tensor(t, dtype=torch.float64) for t in (_TWO, _FOUR))
+    two, four = (torch.tensor(t, dtype=torch.float64, device=weight.device) for t in (_TWO, _FOUR))
     made = torch.einsum("ay,bx,goiyx->gabio", two, four, wide).flatten(1, 2)
     made = torch.nn.functional.pad(made, (0, -made.shape[-1] % panel))
     return made.unflatten(-1, (-1, panel)).transpose(2, 3).float().contiguous()
@@ -136,7 +136,7 @@ def _numbers(affine: Affine, channels: int) -> list[Tensor]:
 @functools.lru_cache(maxsize=64)
 def _ones(channels: int) -> Tensor:
     with torch.inference_mode(False):
-        return torch.ones(channels)
+        return torch.ones(channels, device="cpu")
 
 
 def _is_own(x: Tensor, weight: Tensor, options: Options) -> bool:

@@ -52,7 +52,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any,
             last = formats.get(made.dim(), torch.contiguous_format)
             layout = last if made.is_contiguous(memory_format=last) else torch.contiguous_format
             shape = (len(x), *made.shape[1:])
-            output = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+            output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         output[part] = made
     assert output is not None
     return output

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ca3d_kernels import backends
-from ca3d_kernels.cuda import place
+from ca3d_kernels import cuda
 from ca3d_kernels.local_attention.cpu import operand, problem
 from ca3d_kernels.local_attention.op import Options
 
@@ -44,7 +43,4 @@ class CudaKernels:
         self, function: Callable[..., Any], tensors: tuple[Tensor, ...], options: Options
     ) -> None:
         arguments = (*problem(tensors[0], options), *map(operand, tensors))
-        try:
-            function(*arguments, *place(tensors[0]))
-        except self._library.UnsupportedError as limit:
-            raise backends.UnsupportedInputError(str(limit)) from None
+        cuda.call(self._library, function, arguments, tensors[0])

@@ -1,7 +1,7 @@
 """Local temporal attention as a function, and the key table of the published model."""
 
-import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import SupportsIndex
 
@@ -202,6 +202,8 @@ def check_count(name: str, value: SupportsIndex) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
+    if number >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {number}")
     return number
 
 
@@ -238,9 +240,9 @@ def check_options(
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale must be a float or None, got {scale!r}")
-        scale = float(scale)
-        if not math.isfinite(scale):
+        if not abs(scale) <= sys.float_info.max:
             raise ValueError(f"scale must be finite, got {scale!r}")
+        scale = float(scale)
     if edge not in op.EDGES:
         raise ValueError(f"edge must be one of {op.EDGES}, got {edge!r}")
     table: tuple[int, ...] = ()

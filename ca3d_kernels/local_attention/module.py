@@ -101,6 +101,11 @@ class LocalTemporalAttention(nn.Module):
             key_table = published_key_table(self.heads, check_count("kernel_size", kernel_size))
         elif preset is not None:
             raise ValueError(f"preset must be 'published' or None, got {preset!r}")
+        for name, value in (("bias", bias), ("dense_qkv", dense_qkv)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point one or None, got {dtype}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be in 0 to 1, got {dropout!r}")
         self.preset = preset

@@ -43,8 +43,8 @@ def window_frames(
         >>> window_frames(3, kernel_size=3, edge="shift")[0].tolist()
         [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
     """
-    t = torch.arange(frames).unsqueeze(1)
-    slot = torch.arange(kernel_size)
+    t = torch.arange(frames, device="cpu").unsqueeze(1)
+    slot = torch.arange(kernel_size, device="cpu")
     # Frames of one dilation class are numbered 0, 1, ... : t is frame `position` of class `phase`.
     phase, position = t % dilation, t // dilation
     length = (frames - phase + dilation - 1) // dilation
@@ -80,13 +80,13 @@ def sources(
     """
     frame, inside = window_frames(frames, kernel_size, dilation, causal, edge)
     if key_table:
-        table = torch.tensor(key_table).view(heads, 1, kernel_size, 2)
+        table = torch.tensor(key_table, device="cpu").view(heads, 1, kernel_size, 2)
         slot = table[..., 1].expand(heads, frames, kernel_size)
         frame = frame.expand(heads, -1, -1).gather(2, slot)
         inside = inside.expand(heads, -1, -1).gather(2, slot)
         head = table[..., 0]
     else:
-        head = torch.arange(heads).view(heads, 1, 1)
+        head = torch.arange(heads, device="cpu").view(heads, 1, 1)
         inside = inside.expand(heads, -1, -1)
     rows = head * frames + frame.clamp(0, frames - 1)
     return rows, inside

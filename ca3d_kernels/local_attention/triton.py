@@ -17,11 +17,25 @@ _CPU = torch.device("cpu")
 _PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
+def _counted(table: tuple[int, ...], heads: int, kernel_size: int, pinned: bool) -> Tensor:
+    """The table that `key_counts` copies; kept, since a captured copy reads it at every replay."""
+    pairs = torch.tensor(table, dtype=torch.int64, device="cpu").view(heads, kernel_size, 2)
+    head = torch.arange(heads, device="cpu").unsqueeze(1).expand(heads, kernel_size)
+    one = torch.ones((), dtype=torch.int32, device="cpu")
+    counts = torch.zeros(heads, heads, kernel_size, dtype=torch.int32, device="cpu")
+    counts.index_put_((head, pairs[..., 0], pairs[..., 1]), one, accumulate=True)
+    small = counts.to(torch.int8)
+    return small.pin_memory() if pinned else small
+
+
 def key_counts(
     table: tuple[int, ...], heads: int, kernel_size: int, device: torch.device
 ) -> Tensor:
     """How often (head, source head, window slot) occurs in a key table, int8.
+
+    On a GPU it is copied at every call, without a wait: a copy that outlived its launch would lie
+    in the memory of a CUDA graph whose warm-up made it.
 
     Args:
         table: ``heads * kernel_size * 2`` integers.
@@ -32,12 +46,31 @@ def key_counts(
         >>> key_counts((0, 1, 0, 0, 0, 1), 1, 3, torch.device("cpu")).tolist()
         [[[1, 2, 0]]]
     """
-    counts = torch.zeros(heads, heads, kernel_size, dtype=torch.int32)
-    pairs = torch.tensor(table, dtype=torch.int64).view(heads, kernel_size, 2)
-    head = torch.arange(heads).unsqueeze(1).expand(heads, kernel_size)
-    one = torch.ones((), dtype=torch.int32)
-    counts.index_put_((head, pairs[..., 0], pairs[..., 1]), one, accumulate=True)
-    return counts.to(torch.int8).to(device)
+    counts = _counted(table, heads, kernel_size, device.type == "cuda")
+    return counts.to(device, non_blocking=True)
+
+
+def window(options: Options, frames: int, head_dim: int) -> dict[str, int | float]:
+    """What the Triton kernels of all attention ops are told about the window, by argument.
+
+    Raises:
+        UnsupportedInputError: the window is too wide.
+
+    Example:
+        >>> window(Options(kernel_size=5, dilation=9), 4, 64)["dilation"]
+        4
+    """
+    if options.kernel_size >= 2**31:
+        raise UnsupportedInputError(f"kernel_size {options.kernel_size} is above 2^31 - 1")
+    return {
+        "kernel_size": options.kernel_size,
+        # Frames that are further apart than the clip is long never meet.
+        "dilation": min(options.dilation, frames),
+        "before": before(options),
+        "shift": int(options.edge == "shift" and not options.causal),
+        "zeros": float(options.edge == "zero"),
+        "scale": head_dim**-0.5 if options.scale is None else options.scale,
+    }
 
 
 def _largest(parts: int, head_dim: int, options: Options, *, backward: bool) -> int:
@@ -82,12 +115,7 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
         "inner": inner,
         "frames": frames,
         "blocks": blocks,
-        "kernel_size": options.kernel_size,
-        "dilation": options.dilation,
-        "before": before(options),
-        "shift": int(options.edge == "shift" and not options.causal),
-        "zeros": float(options.edge == "zero"),
-        "scale": head_dim**-0.5 if options.scale is None else options.scale,
+        **window(options, frames, head_dim),
     }
     constants = {
         "HEAD_DIM": head_dim,

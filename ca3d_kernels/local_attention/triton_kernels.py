@@ -2,13 +2,13 @@
 
 A program holds a tile of rows of head_dim elements: some frames of some sequences. A sequence is
 one head of one position. Every operand is read once, in vectors along head_dim. The window is then
-not a loop over slots but a matrix over pairs of rows (`_multiplicity`): how often the query in one
+not a loop over slots but a matrix over pairs of rows (`multiplicity`): how often the query in one
 row meets the key in another. It holds every option of the op (edge, dilation, causal, key table),
 all of them run-time data, and is 0 between sequences. The products with it cost little: tensor
 cores do them, and the kernel waits for memory.
 
 Sums over keys must keep the float32 precision of their weights, but tensor cores take half
-precision: `_weighted_sum` splits the weights into parts. A tile of 64 rows takes its queries, and
+precision: `weighted_sum` splits the weights into parts. A tile of 64 rows takes its queries, and
 the sums for its keys, in two parts: no product has 64 rows, and Triton multiplies with ``mma.sync``
 on every GPU.
 
@@ -34,13 +34,13 @@ RUN_TIME += [
 
 
 @triton.jit
-def _dot(a, b):
+def matmul(a, b):
     """a @ b in float32: (M, K) and (K, N), or as many of them as the first dimension says."""
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
+def weighted_sum(weights, x, meets, PARTS: tl.constexpr):
     """weights @ x, with float32 weights (M, K) and x (K, N) of any dtype.
 
     Each row of weights is scaled to at most 1 and split into PARTS numbers of x's dtype, whose
@@ -50,29 +50,29 @@ def _weighted_sum(weights, x, meets, PARTS: tl.constexpr):
     finite = magnitude(x) < infinity(x.dtype)
     clean = tl.where(finite, x, 0.0)  # [K, N]
     if PARTS == 1:
-        total = _dot(weights, clean)
+        total = matmul(weights, clean)
     else:
         unit = tl.maximum(tl.max(tl.abs(weights), -1), 1e-30).expand_dims(-1)
         rest = weights / unit  # [M, K]
         part = rest.to(x.dtype)
-        total = _dot(part, clean)  # [M, N]
+        total = matmul(part, clean)  # [M, N]
         for _ in tl.static_range(PARTS - 1):
             rest -= part.to(tl.float32)
             part = rest.to(x.dtype)
-            total += _dot(part, clean)
+            total += matmul(part, clean)
         total *= unit
     if tl.min(finite.to(tl.float32)) == 0:
         # NaN counts as both infinities, whose sum is NaN.
         nan = magnitude(x) > infinity(x.dtype)
         negative = is_negative(x)
-        high = _dot(meets.to(x.dtype), (~finite & (nan | ~negative)).to(x.dtype))
-        low = _dot(meets.to(x.dtype), (~finite & (nan | negative)).to(x.dtype))
+        high = matmul(meets.to(x.dtype), (~finite & (nan | ~negative)).to(x.dtype))
+        low = matmul(meets.to(x.dtype), (~finite & (nan | negative)).to(x.dtype))
         total += tl.where(high > 0, float("inf"), 0.0) - tl.where(low > 0, float("inf"), 0.0)
     return total
 
 
 @triton.jit
-def _rows(
+def tile_rows(
     row, tile, sequences, heads, frames, blocks,
     ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
     TABLE_HEADS: tl.constexpr,
@@ -99,17 +99,17 @@ def _rows(
 
 
 @triton.jit
-def _multiplicity(
+def multiplicity(
     row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before, shift,
     key_counts,
     ROWS: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr, FRONT: tl.constexpr,
     TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
     """(rows, columns): in how many slots the query of a row meets the key of a column."""
-    position, head, t, queries = _rows(
+    position, head, t, queries = tile_rows(
         row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
-    key_position, key_head, s, keys = _rows(
+    key_position, key_head, s, keys = tile_rows(
         column, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     exists = queries & keys & (position == key_position)  # [ROWS, ROWS]
@@ -129,7 +129,7 @@ def _multiplicity(
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
     """The left and the right half of the columns of x (ROWS, N), transposed: (N / 2, ROWS)."""
     apart = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(2, 0, 1)
     return apart.split()
@@ -142,17 +142,17 @@ def _gather(upper, lower, weights, x, count, PARTS: tl.constexpr):
     A tile of 32 rows has no lower half.
     """
     if weights.shape[1] == upper.shape[0]:
-        upper += _weighted_sum(tl.trans(weights), x, tl.trans(count > 0), PARTS)
+        upper += weighted_sum(tl.trans(weights), x, tl.trans(count > 0), PARTS)
     else:
-        left, right = _halves(weights)
-        left_count, right_count = _halves(count)
-        upper += _weighted_sum(left, x, left_count > 0, PARTS)
-        lower += _weighted_sum(right, x, right_count > 0, PARTS)
+        left, right = halves(weights)
+        left_count, right_count = halves(count)
+        upper += weighted_sum(left, x, left_count > 0, PARTS)
+        lower += weighted_sum(right, x, right_count > 0, PARTS)
     return upper, lower
 
 
 @triton.jit
-def _offsets(position, head, frame, inner, outer_stride, inner_stride, head_stride, frame_stride,
+def offsets(position, head, frame, inner, outer_stride, inner_stride, head_stride, frame_stride,
              ALIGNED: tl.constexpr):  # fmt: skip
     """Where rows of an operand start, in elements; strides are multiples of ALIGNED."""
     offset = (position // inner) * outer_stride + (position % inner) * inner_stride
@@ -161,7 +161,7 @@ def _offsets(position, head, frame, inner, outer_stride, inner_stride, head_stri
 
 
 @triton.jit
-def _weights(products, count, kernel_size, zeros, scale):
+def softmax_weights(products, count, kernel_size, zeros, scale):
     """exp(logit - largest) times count, (ROWS, ROWS); the same of the slots that have
     no key, (ROWS,); and the sum of both, (ROWS,). Products are those of queries with keys."""
     logits = tl.where(count > 0, scale * products, float("-inf"))
@@ -172,15 +172,17 @@ def _weights(products, count, kernel_size, zeros, scale):
     # A row that doesn't exist has no key.
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     weights = count * tl.exp(logits - largest.expand_dims(-1))
-    absent *= tl.exp(-largest)
+    # Where slots have no key, largest is at least 0; elsewhere exp(-largest) may be infinite.
+    absent *= tl.exp(-tl.maximum(largest, 0.0))
     total = tl.sum(weights, -1) + absent
     return weights, absent, tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
-def _logit_gradients(weights, absent, total, dp, meets, scale):
+def logit_gradients(weights, absent, total, dp, meets, scale):
     """p, and the gradients of the logits times scale, from those of p; all (ROWS, ROWS)."""
-    p = weights / total.expand_dims(-1)
+    # A query that isn't finite must not reach the keys that it doesn't meet.
+    p = tl.where(meets, weights / total.expand_dims(-1), 0.0)
     # The mean is subtracted twice: where one key takes nearly all the weight, its difference from
     # the mean is smaller than the mean's rounding error. Slots without a key have dp = 0.
     mean = tl.sum(weights * dp, -1) / total
@@ -207,36 +209,36 @@ def attention_forward(
     tile = tl.program_id(0)
     row_k = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
-    position_k, head_k, frame_k, exists_k = _rows(
+    position_k, head_k, frame_k, exists_k = tile_rows(
         row_k, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     inside_k = exists_k & (i < HEAD_DIM)  # [ROWS, COLUMNS]
-    at_k = _offsets(position_k, head_k, frame_k, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
+    at_k = offsets(position_k, head_k, frame_k, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
     b_k = tl.load(k + at_k + i, mask=inside_k, other=0)  # [ROWS, COLUMNS]
-    at_v = _offsets(position_k, head_k, frame_k, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
+    at_v = offsets(position_k, head_k, frame_k, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
     b_v = tl.load(v + at_v + i, mask=inside_k, other=0)  # [ROWS, COLUMNS]
     if PARTS == 1:
         b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
     column = tl.arange(0, ROWS)[None, :]
     for first in tl.range(0, ROWS, QUERIES, num_stages=1):
         row = first + tl.arange(0, QUERIES)[:, None]
-        position, head, frame, exists = _rows(
+        position, head, frame, exists = tile_rows(
             row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
         )
         kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
         kept &= i < HEAD_DIM  # [QUERIES, COLUMNS]
-        at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
+        at = offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
         b_q = tl.load(q + at + i, mask=kept, other=0)  # [QUERIES, COLUMNS]
         if PARTS == 1:
             b_q = b_q.to(tl.float32)
-        count = _multiplicity(
+        count = multiplicity(
             row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before,
             shift, key_counts, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
         )  # [QUERIES, ROWS]  # fmt: skip
-        products = _dot(b_q, tl.trans(b_k))
-        weights, _, total = _weights(products, count, kernel_size, zeros, scale)
-        b_o = _weighted_sum(weights, b_v, count > 0, PARTS) / total[:, None]
-        at = _offsets(position, head, frame, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
+        products = matmul(b_q, tl.trans(b_k))
+        weights, _, total = softmax_weights(products, count, kernel_size, zeros, scale)
+        b_o = weighted_sum(weights, b_v, count > 0, PARTS) / total[:, None]
+        at = offsets(position, head, frame, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
         tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
 
 
@@ -266,13 +268,13 @@ def attention_backward(
     tile = tl.program_id(0)
     row_k = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
-    position_k, head_k, frame_k, exists_k = _rows(
+    position_k, head_k, frame_k, exists_k = tile_rows(
         row_k, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
     inside_k = exists_k & (i < HEAD_DIM)  # [ROWS, COLUMNS]
-    at_k = _offsets(position_k, head_k, frame_k, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
+    at_k = offsets(position_k, head_k, frame_k, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
     b_k = tl.load(k + at_k + i, mask=inside_k, other=0)  # [ROWS, COLUMNS]
-    at_v = _offsets(position_k, head_k, frame_k, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
+    at_v = offsets(position_k, head_k, frame_k, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
     b_v = tl.load(v + at_v + i, mask=inside_k, other=0)  # [ROWS, COLUMNS]
     if PARTS == 1:
         b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
@@ -281,42 +283,42 @@ def attention_backward(
     dk_1, dv_0, dv_1 = dk_0, dk_0, dk_0
     for first in tl.range(0, ROWS, QUERIES, num_stages=1):
         row = first + tl.arange(0, QUERIES)[:, None]
-        position, head, frame, exists = _rows(
+        position, head, frame, exists = tile_rows(
             row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
         )
         exists &= i < HEAD_DIM  # [QUERIES, COLUMNS]
         own = row % FRAMES - FRONT
         met = exists & (own >= -MET_FRONT) & (own < OWNED + MET_BACK)
-        at = _offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
+        at = offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
         b_q = tl.load(q + at + i, mask=met, other=0)  # [QUERIES, COLUMNS]
-        at = _offsets(position, head, frame, inner, do_outer, do_inner, do_head, do_frame, ALIGNED)
+        at = offsets(position, head, frame, inner, do_outer, do_inner, do_head, do_frame, ALIGNED)
         b_do = tl.load(do + at + i, mask=met, other=0)  # [QUERIES, COLUMNS]
         if PARTS == 1:
             b_q, b_do = b_q.to(tl.float32), b_do.to(tl.float32)
-        count = _multiplicity(
+        count = multiplicity(
             row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before,
             shift, key_counts, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
         )  # [QUERIES, ROWS]  # fmt: skip
         meets = count > 0
-        products = _dot(b_q, tl.trans(b_k))
-        weights, absent, total = _weights(products, count, kernel_size, zeros, scale)
-        dp = tl.where(meets, _dot(b_do, tl.trans(b_v)), 0.0)  # [QUERIES, ROWS]
-        p, ds = _logit_gradients(weights, absent, total, dp, meets, scale)
+        products = matmul(b_q, tl.trans(b_k))
+        weights, absent, total = softmax_weights(products, count, kernel_size, zeros, scale)
+        dp = tl.where(meets, matmul(b_do, tl.trans(b_v)), 0.0)  # [QUERIES, ROWS]
+        p, ds = logit_gradients(weights, absent, total, dp, meets, scale)
         dv_0, dv_1 = _gather(dv_0, dv_1, p, b_do, count, PARTS)
         kept = exists & (own >= 0) & (own < OWNED)
-        b_dq = _weighted_sum(ds, b_k, meets, PARTS)
-        at = _offsets(position, head, frame, inner, dq_outer, dq_inner, dq_head, dq_frame, ALIGNED)
+        b_dq = weighted_sum(ds, b_k, meets, PARTS)
+        at = offsets(position, head, frame, inner, dq_outer, dq_inner, dq_head, dq_frame, ALIGNED)
         tl.store(dq + at + i, b_dq.to(dq.dtype.element_ty), mask=kept)
         dk_0, dk_1 = _gather(dk_0, dk_1, ds, b_q, count, PARTS)
     for half in tl.static_range(ROWS // QUERIES):
         row = half * QUERIES + tl.arange(0, QUERIES)[:, None]
-        position, head, frame, exists = _rows(
+        position, head, frame, exists = tile_rows(
             row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
         )
         kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
         kept &= i < HEAD_DIM
         b_dv, b_dk = (dv_0, dk_0) if half == 0 else (dv_1, dk_1)
-        at = _offsets(position, head, frame, inner, dv_outer, dv_inner, dv_head, dv_frame, ALIGNED)
+        at = offsets(position, head, frame, inner, dv_outer, dv_inner, dv_head, dv_frame, ALIGNED)
         tl.store(dv + at + i, b_dv.to(dv.dtype.element_ty), mask=kept)
-        at = _offsets(position, head, frame, inner, dk_outer, dk_inner, dk_head, dk_frame, ALIGNED)
+        at = offsets(position, head, frame, inner, dk_outer, dk_inner, dk_head, dk_frame, ALIGNED)
         tl.store(dk + at + i, b_dk.to(dk.dtype.element_ty), mask=kept)

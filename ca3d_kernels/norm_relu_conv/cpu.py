@@ -90,6 +90,4 @@ def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
 
 
 def _two_of_channels(y: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty(y.shape[1], dtype=torch.float64), torch.empty(
-        y.shape[1], dtype=torch.float64
-    )
+    return tuple(torch.empty(y.shape[1], dtype=torch.float64, device=y.device) for _ in range(2))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ca3d_kernels import backends
+from ca3d_kernels.preparam_step import remembered
 from ca3d_kernels.preparam_step.op import Batch
 
 _DTYPES = {
@@ -39,35 +40,19 @@ class NativeKernels:
         """
         if found_inf is not None and bool(found_inf):
             return
-        if batch.cache is None:
-            _call(self._step, batch)
-            return
-        cache, largest = batch.cache, self._largest(batch)
-        cache.pop("versions", None)
-        _call(self._step, batch, largest)
-        # The caller counts the write that has just been made.
-        cache["versions"] = [version + 1 for version in _versions(batch)]
-        cache["largest"] = largest
+        with remembered.leaving(batch, lambda: self._unknown(batch)) as largest:
+            _call(self._step, batch, largest)
 
     def overflows(self, batch: Batch) -> bool:
         """See `op.Kernels`.
 
         After a `step` of the same tensors, untouched since, it need not read theta and momentum.
         """
-        known = batch.cache is not None and batch.cache.get("versions") == _versions(batch)
-        return _call(self._overflows, batch, self._largest(batch) if known else None)
+        return _call(self._overflows, batch, remembered.known(batch))
 
-    def _largest(self, batch: Batch) -> NDArray[np.float64]:
-        assert batch.cache is not None
+    def _unknown(self, batch: Batch) -> NDArray[np.float64]:
         pieces = sum(-(-w.numel() // self._run) for w in batch.params)
-        largest = batch.cache.get("largest")
-        if largest is None or largest.size != 2 * pieces:
-            largest = np.full(2 * pieces, np.nan)
-        return largest
-
-
-def _versions(batch: Batch) -> list[int]:
-    return [x._version for x in (*batch.pre_params, *batch.momenta, *batch.compensations)]
+        return np.full(2 * pieces, np.nan)
 
 
 def _call(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ca3d_kernels import backends
-from ca3d_kernels.cuda import place
+from ca3d_kernels import cuda
+from ca3d_kernels.preparam_step import remembered
 from ca3d_kernels.preparam_step.cpu import library_arguments
 from ca3d_kernels.preparam_step.op import Batch
 
@@ -29,25 +29,43 @@ class CudaKernels:
         self._library = library
 
     def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
-        """See `op.Kernels`."""
-        self._call(self._library.preparam_sgd_step, batch, found_inf)
+        """See `op.Kernels`.
+
+        A step that obeys a flag notes how large theta and momentum became, for the next search.
+        """
+        function = self._library.preparam_sgd_step
+        if found_inf is None:
+            self._call(function, batch)
+            return
+        chunk = self._library.PREPARAM_CHUNK
+        with remembered.leaving(batch, lambda: remembered.unknown_largest(batch, chunk)) as largest:
+            self._call(function, batch, found_inf, largest)
 
     def overflows(self, batch: Batch) -> Tensor:
-        """See `op.Kernels`; the flag stays on the device."""
-        found_inf = torch.zeros((), device=batch.params[0].device)
-        self._call(self._library.preparam_sgd_step_overflows, batch, found_inf)
+        """See `op.Kernels`; the flag stays on the device.
+
+        After a `step` of the same tensors, untouched since, gradients alone mostly tell.
+        """
+        found_inf = torch.zeros((), dtype=torch.float32, device=batch.params[0].device)
+        function = self._library.preparam_sgd_step_overflows
+        self._call(function, batch, found_inf, remembered.known(batch))
         return found_inf
 
-    def _call(self, function: Callable[..., Any], batch: Batch, found_inf: Tensor | None) -> None:
+    def _call(
+        self,
+        function: Callable[..., Any],
+        batch: Batch,
+        found_inf: Tensor | None = None,
+        largest: Tensor | None = None,
+    ) -> None:
         device = batch.params[0].device
         addresses = (
             _address("device_numbers", batch.device_numbers, torch.float64, 6, device),
             _address("found_inf", found_inf, torch.float32, 1, device),
+            0 if largest is None else largest.data_ptr(),
         )
-        try:
-            function(*library_arguments(batch), addresses, *place(batch.params[0]))
-        except self._library.UnsupportedError as limit:
-            raise backends.UnsupportedInputError(str(limit)) from None
+        arguments = (*library_arguments(batch), addresses)
+        cuda.call(self._library, function, arguments, batch.params[0])
 
 
 def _address(

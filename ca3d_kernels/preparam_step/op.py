@@ -96,7 +96,7 @@ def uploaded_numbers(batch: Batch, uploads: Uploads) -> Tensor:
     return uploads.get(
         "numbers",
         numbers,
-        lambda: torch.tensor(numbers, dtype=torch.float64),
+        lambda: torch.tensor(numbers, dtype=torch.float64, device="cpu"),
         batch.params[0].device,
     )
 
@@ -287,7 +287,7 @@ def overflows(batch: Batch) -> Tensor:
         tensor(1.)
     """
     if not batch.params:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     device = batch.params[0].device
     with torch.no_grad():
         found = backends.run(
@@ -296,7 +296,9 @@ def overflows(batch: Batch) -> Tensor:
             batch.backend,
             lambda kernels: kernels.overflows(batch.for_kernels(kernels)),
         )
-    return found if isinstance(found, Tensor) else torch.tensor(float(found), device=device)
+    if isinstance(found, Tensor):
+        return found
+    return torch.tensor(float(found), dtype=torch.float32, device=device)
 
 
 def _check(batch: Batch) -> None:
@@ -421,7 +423,9 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         "(Tensor[] params, Tensor[] grads, Tensor[] pre_params, Tensor[] momenta, "
         f"Tensor[] compensations, {_TAIL}) -> Tensor",
         _overflows_op,
-        lambda params, *arguments: torch.empty((), device=params[0].device if params else None),
+        lambda params, *arguments: torch.empty(
+            (), dtype=torch.float32, device=params[0].device if params else None
+        ),
     ),
 }
 

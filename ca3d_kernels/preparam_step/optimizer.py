@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ca3d_kernels import backends
+from ca3d_kernels import backends, cuda
 from ca3d_kernels.preparam_step import op
 from ca3d_kernels.preparam_step.checks import check_options, check_param, scalar
 from ca3d_kernels.preparam_step.mapping import LinearMapping, PreParamMapping
@@ -138,6 +138,8 @@ class PreParamSGD(Optimizer):
         self._skipped_on_device: Tensor | None = None
         # What replays of CUDA graphs still read.
         self._captured: list[Tensor] = []
+        # Whether a step was ever captured in a CUDA graph.
+        self._has_graph = False
         self._plans: dict[int, Plan] = {}
         self._states: list[Any] = []
         self._seen: dict[Tensor, Seen] = {}
@@ -217,7 +219,8 @@ class PreParamSGD(Optimizer):
             RuntimeError: a gradient is sparse, or stochastic rounding is captured in a CUDA graph.
             TypeError: `found_inf` or `grad_scale` is not a tensor.
             ValueError: an option of a group has become invalid, `found_inf` or `grad_scale` has
-                more than one element, or the demanded backend can't run here.
+                more than one element, a weight's pre-parameter isn't finite, or the demanded
+                backend can't run here.
 
         Example:
             >>> w = torch.nn.Parameter(torch.ones(2))
@@ -272,6 +275,10 @@ class PreParamSGD(Optimizer):
 
     def _step_on_device(self, parts: list[Part], found_inf: Tensor | None) -> None:
         """Steps everything unless a flag on the device says otherwise; the CPU doesn't wait."""
+        self._has_graph |= cuda.is_capturing(parts[0].batch.params[0].device)
+        if self._has_graph:
+            for part in parts:
+                part.may_be_replayed()
         if found_inf is None and self.skip_nonfinite:
             flags = [op.overflows(part.batch) for part in parts]
             found_inf = flags[0] if len(flags) == 1 else torch.stack(flags).amax()
@@ -451,6 +458,7 @@ class PreParamSGD(Optimizer):
         super().__setstate__(state)
         self._skipped_on_device = None
         self._captured = []
+        self._has_graph = False
         self._plans = {}
         self._states = []
         self._seen = {}

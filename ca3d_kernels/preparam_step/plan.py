@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ca3d_kernels.preparam_step import op
+from ca3d_kernels.preparam_step import op, remembered
 from ca3d_kernels.preparam_step.philox import Draws
 from ca3d_kernels.preparam_step.reference import (
     Hyperparameters,
@@ -219,6 +219,11 @@ class Part:
                 numbers[5].div_(on_device[GRAD_SCALE].reshape(()).to(numbers, non_blocking=True))
             self.batch = self.batch._replace(device_numbers=numbers)
 
+    def may_be_replayed(self) -> None:
+        """Notes that replays of a CUDA graph may write the tensors, which no version tells."""
+        assert self.batch.cache is not None
+        self.batch.cache[remembered.REPLAYED] = True
+
     def release(self) -> None:
         """Lets go of the gradients, whose memory is free once the user drops them too."""
         self.batch = self.batch._replace(grads=[])
@@ -289,6 +294,7 @@ class Plan:
 
         Raises:
             RuntimeError: a gradient is sparse.
+            ValueError: a weight's pre-parameter isn't finite.
         """
         plan = cls(group, backend)
         linear = group["mapping"].linear_scales is not None and group["rounding"] in op.ROUNDINGS
@@ -387,7 +393,16 @@ def options(group: dict[str, Any], backend: str) -> tuple[Any, ...]:
 def _derived_like(param: Tensor, group: dict[str, Any]) -> Tensor:
     """Pre-parameter of a weight, in the memory layout of the weight."""
     dtype = group["pre_param_dtype"] or param.dtype
-    theta = derived(param.detach(), group["mapping"], dtype, group["rounding"])
+    mapping, rounding = group["mapping"], group["rounding"]
+    w = param.detach()
+    theta = derived(w, mapping, dtype, rounding)
+    finite = theta.isfinite() & restored(theta, mapping, param.dtype, rounding).isfinite()
+    if not bool((finite | ~w.isfinite()).all()):
+        raise ValueError(
+            f"the pre-parameter of a weight of {param.dtype}, shape {tuple(param.shape)} and "
+            f"magnitudes up to {float(w.abs().max()):.4g} isn't finite in {dtype} with {mapping}; "
+            "allowed are a scale for which it is, or pre_param_dtype=torch.float32"
+        )
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(theta)
 
 

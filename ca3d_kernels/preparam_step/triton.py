@@ -1,6 +1,7 @@
 """Launches the Triton kernels of the pre-parameter step."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
-from ca3d_kernels.preparam_step import triton_kernels
+from ca3d_kernels.preparam_step import remembered, triton_kernels
 from ca3d_kernels.preparam_step.cpu import is_dense
 from ca3d_kernels.preparam_step.op import Batch, uploaded_numbers
+from ca3d_kernels.preparam_step.remembered import unknown_largest
 from ca3d_kernels.triton_launch import Launch
 from ca3d_kernels.uploads import Uploads
 
@@ -24,6 +26,8 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
 }
 _MIXED = {(torch.float16, torch.float32), (torch.bfloat16, torch.float32)}
+
+Tables = list[tuple[int, Tensor]]
 
 
 def chunk_table(
@@ -45,18 +49,19 @@ def chunk_table(
         >>> chunk_table([w] * 5, [5000, 3], [7, 8])[:, [4, 6, 7]].tolist()
         [[4096, 0, 7], [904, 4096, 7], [3, 0, 8]]
     """
-    size = torch.tensor(sizes, dtype=torch.int64)
+    size = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     chunks = (size + CHUNK - 1) // CHUNK
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
-    first = (torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]) * CHUNK
-    table = torch.zeros(len(tensor), 8, dtype=torch.int64)
+    tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), chunks)
+    first = (torch.arange(len(tensor), device="cpu") - (chunks.cumsum(0) - chunks)[tensor]) * CHUNK
+    table = torch.zeros(len(tensor), 8, dtype=torch.int64, device="cpu")
     for column, tensors in zip((0, 1, 2, 3, 5), columns, strict=True):
         if tensors:
-            start = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
+            addresses = [x.data_ptr() for x in tensors]
+            start = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             table[:, column] = start[tensor] + first * tensors[0].element_size()
     table[:, 4] = (size[tensor] - first).clamp(max=CHUNK)
     table[:, 6] = first
-    table[:, 7] = torch.tensor(numbers, dtype=torch.int64)[tensor]
+    table[:, 7] = torch.tensor(numbers, dtype=torch.int64, device="cpu")[tensor]
     return table
 
 
@@ -65,7 +70,7 @@ def _uploads(batch: Batch) -> Uploads:
     return cache.setdefault("uploads", Uploads())
 
 
-def _tables(batch: Batch) -> list[tuple[int, Tensor]]:
+def _tables(batch: Batch) -> Tables:
     """Tables of chunks by the alignment of their addresses, in bytes.
 
     They are made anew when an address has changed since they were last used.
@@ -107,6 +112,11 @@ def _tables(batch: Batch) -> list[tuple[int, Tensor]]:
     ]
 
 
+def _layout(batch: Batch) -> Any:
+    """How `_tables` has cut the batch's tensors into chunks."""
+    return None if batch.cache is None else batch.cache["chosen"]
+
+
 def _numbers(batch: Batch) -> Tensor:
     """lr, momentum, 1 - dampening, weight decay, c and k on the device, float64."""
     if batch.device_numbers is not None:
@@ -128,7 +138,14 @@ def _constants(batch: Batch) -> dict[str, Any]:
     }
 
 
-def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False) -> list[Launch]:
+def launches(
+    batch: Batch,
+    found_inf: Tensor | None,
+    *,
+    overflows: bool = False,
+    tables: Tables | None = None,
+    largest: Tensor | None = None,
+) -> list[Launch]:
     """The launches of a step, or of the search for values that aren't finite.
 
     Args:
@@ -136,6 +153,9 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
         found_inf: float32 with one element: written by the search; a step does nothing if it isn't
             0 when the kernel runs. None for a step without condition.
         overflows: whether to describe the search.
+        tables: the batch's tables of chunks, if they are there already.
+        largest: what a step leaves for the next search, and where the search finds it; see
+            `remembered.unknown_largest`.
 
     Returns:
         At most two launches: one for the tensors that are aligned to 16 bytes, one for the others.
@@ -166,11 +186,17 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
             arguments["random"] = _uploads(batch).get(
                 "random",
                 seed_and_steps,
-                lambda: torch.tensor(seed_and_steps, dtype=torch.int64),
+                lambda: torch.tensor(seed_and_steps, dtype=torch.int64, device="cpu"),
                 batch.params[0].device,
             )
         else:
             constants["random"] = None
+    if largest is None:
+        constants["largest"] = None
+    # With 32 elements in a thread this one spills registers on sm_120.
+    num_warps = 8 if constants["ROUNDING"] == "stochastic" and largest is not None else 4
+    tables = _tables(batch) if tables is None else tables
+    ends = itertools.accumulate(len(table) for _, table in tables)
     return [
         Launch(
             kernel,
@@ -179,9 +205,10 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
                 "chunks": table,
                 **arguments,
                 "found_inf": numbers if found_inf is None else found_inf,
+                **({} if largest is None else {"largest": largest[2 * (end - len(table)) :]}),
             },
             {"CHUNK": CHUNK, "ALIGNED": aligned, **constants},
-            num_warps=4,
+            num_warps=num_warps,
             reached=(
                 *batch.params,
                 *batch.grads,
@@ -191,7 +218,7 @@ def launches(batch: Batch, found_inf: Tensor | None, *, overflows: bool = False)
             ),
             options={"enable_fp_fusion": False},
         )
-        for aligned, table in _tables(batch)
+        for (aligned, table), end in zip(tables, ends, strict=True)
     ]
 
 
@@ -201,13 +228,34 @@ class TritonKernels:
     asynchronous = True
 
     def step(self, batch: Batch, found_inf: Tensor | None = None) -> None:
-        """Writes the new theta, momentum and w of every tensor, on the device alone."""
-        for launch in launches(batch, found_inf):
-            triton_launch.run(launch)
+        """Writes the new theta, momentum and w of every tensor, on the device alone.
+
+        A step that obeys a flag notes how large theta and momentum became, for the next search.
+        """
+        tables = _tables(batch)
+        if found_inf is None:
+            self._run(launches(batch, None, tables=tables))
+            return
+        with remembered.leaving(
+            batch, lambda: unknown_largest(batch, CHUNK), _layout(batch)
+        ) as largest:
+            if largest is None:
+                # Nobody will read it, but this is the kernel that a warm-up has loaded: none can be
+                # loaded while a CUDA graph is captured.
+                largest = unknown_largest(batch, CHUNK)
+            self._run(launches(batch, found_inf, tables=tables, largest=largest))
 
     def overflows(self, batch: Batch) -> Tensor:
-        """Whether a step would store a value that isn't finite: a float32 scalar on the device."""
-        found = torch.zeros((), device=batch.params[0].device)
-        for launch in launches(batch, found, overflows=True):
-            triton_launch.run(launch)
+        """Whether a step would store a value that isn't finite: a float32 scalar on the device.
+
+        After a `step` of the same tensors, untouched since, gradients alone mostly tell.
+        """
+        found = torch.zeros((), dtype=torch.float32, device=batch.params[0].device)
+        tables = _tables(batch)
+        largest = remembered.known(batch, _layout(batch))
+        self._run(launches(batch, found, overflows=True, tables=tables, largest=largest))
         return found
+
+    def _run(self, planned: list[Launch]) -> None:
+        for launch in planned:
+            triton_launch.run(launch)

@@ -9,12 +9,15 @@ The arithmetic is that of `reference.stepped`, bit for bit: every operation roun
 forbids fused multiply-adds), theta is rounded to its storage before w is computed from it.
 `ROUNDING` is "nearest", "stochastic" or "compensated", or "bound" in the search for overflows: that
 is "stochastic" with the largest number drawn everywhere, which bounds what any draw would store.
+
+A step may leave the largest magnitudes that it stored of each chunk. The next search then reads
+only the gradients of a chunk from which nothing so large can overflow.
 """
 
 import triton
 import triton.language as tl
 
-from ca3d_kernels.triton_numbers import infinity, magnitude
+from ca3d_kernels.triton_numbers import infinity, largest_finite, magnitude
 
 # Elements that are moved one by one at the end of a chunk are fewer than these.
 _STEP = tl.constexpr(16)
@@ -161,6 +164,7 @@ def _step_elements(
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
+    """Steps elements i; returns the largest magnitudes of theta and m as they are stored."""
     new_w, new_theta, new_m, new_r = _stepped(
         w, g, theta, m, r, words, i, inside, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
@@ -171,6 +175,55 @@ def _step_elements(
         tl.store(m + i, new_m, mask=inside)
     if ROUNDING == "compensated":
         tl.store(r + i, new_r, mask=inside)
+    return _largest_magnitude(new_theta, REAL), _largest_magnitude(new_m, REAL)
+
+
+@triton.jit
+def _largest_magnitude(x, REAL: tl.constexpr):
+    """The largest |x|; infinity if one is NaN."""
+    size = tl.abs(x.to(REAL))
+    return tl.max(tl.where(size < float("inf"), size, float("inf")), 0)
+
+
+@triton.jit
+def _gradients_suffice(
+    largest, g, i, bulk, count, hyper,
+    PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+):  # fmt: skip
+    """Whether the gradients, and the magnitudes that the last step left of this program's chunk,
+    tell that nothing can overflow, on the way or at the end.
+
+    Every term of these sums is a magnitude, and the factor covers their rounding. If one isn't
+    finite, a comparison fails.
+    """
+    most = _largest_magnitude(tl.load(g + i, mask=i < bulk, other=0), REAL)
+    if bulk < count:
+        last = bulk + tl.arange(0, _STEP)
+        most = tl.maximum(
+            most, _largest_magnitude(tl.load(g + last, mask=last < count, other=0), REAL)
+        )
+    lr = tl.abs(tl.load(hyper).to(REAL))
+    momentum = tl.abs(tl.load(hyper + 1).to(REAL))
+    fresh = tl.abs(tl.load(hyper + 2).to(REAL))
+    weight_decay = tl.abs(tl.load(hyper + 3).to(REAL))
+    scale = tl.abs(tl.load(hyper + 4).to(REAL))
+    gradient_scale = tl.abs(tl.load(hyper + 5).to(REAL))
+    largest += 2 * tl.program_id(0).to(tl.int64)
+    # A compensation is at most half an ulp of theta: 2^-8 of it in bfloat16.
+    theta = tl.load(largest) * (1 + 1 / 256)
+    d = most * gradient_scale + theta * weight_decay
+    m = d
+    if MOMENTUM:
+        m = tl.load(largest + 1) * momentum + d * fresh
+    update = d + m * momentum if NESTEROV else m
+    stepped = (theta + update * lr) * 1.01
+    return (
+        (update * 1.01 < float("inf"))
+        & (m * 1.01 < largest_finite(PRE_PARAM).to(REAL))
+        & (stepped < largest_finite(PRE_PARAM).to(REAL))
+        & (stepped < largest_finite(PARAM).to(REAL) * scale)
+    )
 
 
 @triton.jit
@@ -192,13 +245,16 @@ def _not_finite(
 
 @triton.jit
 def preparam_sgd_step(
-    chunks, hyper, random, found_inf,
+    chunks, hyper, random, found_inf, largest,
     CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
     PREDICATED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the new theta, momentum and w of a chunk, unless PREDICATED and found_inf isn't 0."""
+    """Writes the new theta, momentum and w of a chunk, unless PREDICATED and found_inf isn't 0.
+
+    Leaves the largest magnitudes of theta and momentum in `largest`, two for each chunk, or None.
+    """
     # Two conditions: the compiler must not look at found_inf otherwise.
     if PREDICATED:  # noqa: SIM102
         if tl.load(found_inf) != 0:
@@ -212,34 +268,48 @@ def preparam_sgd_step(
     bulk = count // _STEP * _STEP
     i = _elements(CHUNK, PARAM, PRE_PARAM)
     words = _words(chunks, random, 0, CHUNK) if ROUNDING == "stochastic" else 0
-    _step_elements(
+    most_theta, most_m = _step_elements(
         w, g, theta, m, r, words, i, i < bulk, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
     )  # fmt: skip
     if bulk < count:
         last = bulk + tl.arange(0, _STEP)
         last_words = _words(chunks, random, bulk, _STEP) if ROUNDING == "stochastic" else 0
-        _step_elements(
+        last_theta, last_m = _step_elements(
             w, g, theta, m, r, last_words, last, last < count, hyper,
             PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
         )  # fmt: skip
+        most_theta = tl.maximum(most_theta, last_theta)
+        most_m = tl.maximum(most_m, last_m)
+    if largest is not None:
+        largest += 2 * tl.program_id(0).to(tl.int64)
+        tl.store(largest, most_theta)
+        tl.store(largest + 1, most_m)
 
 
 @triton.jit
 def preparam_sgd_overflows(
-    chunks, hyper, found_inf,
+    chunks, hyper, found_inf, largest,
     CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    """Sets found_inf to 1 if stepping a chunk would store a value that isn't finite."""
+    """Sets found_inf to 1 if stepping a chunk would store a value that isn't finite.
+
+    `largest` is what the last step left there: true, or NaN. None if nothing is known.
+    """
     g = _address(chunks, 1, PARAM, ALIGNED)
-    theta = _address(chunks, 2, PRE_PARAM, ALIGNED)
-    m = _address(chunks, 3, PRE_PARAM, ALIGNED)
-    r = _address(chunks, _COMPENSATION, PRE_PARAM, ALIGNED)
     count = _field(chunks, _COUNT).to(tl.int32)
     bulk = count // _STEP * _STEP
     i = _elements(CHUNK, PARAM, PRE_PARAM)
+    if largest is not None:  # noqa: SIM102
+        if _gradients_suffice(
+            largest, g, i, bulk, count, hyper, PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV
+        ):
+            return
+    theta = _address(chunks, 2, PRE_PARAM, ALIGNED)
+    m = _address(chunks, 3, PRE_PARAM, ALIGNED)
+    r = _address(chunks, _COMPENSATION, PRE_PARAM, ALIGNED)
     found = _not_finite(
         g, g, theta, m, r, i, i < bulk, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,

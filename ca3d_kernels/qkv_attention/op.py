@@ -232,15 +232,20 @@ def is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if options.backend not in ("", "triton") or limit(x, weight, bias, options, backward=False):
+    # Who wants the CUDA kernels or the definition gets them for the attention.
+    backend = options.backend or backends.from_environment()
+    if options.backend == "cpu" or backend in ("cuda", "reference"):
+        return False
+    if limit(x, weight, bias, options, backward=False):
         return False
     operands = (x, weight) if bias is None else (x, weight, bias)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     if differentiated and limit(x, weight, bias, options, backward=True):
         return False
     if x.device.type == "cpu":
-        return options.backend == "triton"
-    return backends.choose("qkv_attention", "cuda", options.backend)[0].backend == "triton"
+        return backend == "triton"
+    chosen = backends.choose("qkv_attention", "cuda", options.backend)[0].backend
+    return chosen == "triton" and triton_launch.has_tensor_cores(x.device)
 
 
 def qkv_attention(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:

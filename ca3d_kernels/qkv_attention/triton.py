@@ -13,8 +13,7 @@ from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.local_attention import triton as attention
 from ca3d_kernels.local_attention.op import Options
-from ca3d_kernels.local_attention.tiling import before
-from ca3d_kernels.local_attention.triton import key_counts
+from ca3d_kernels.local_attention.triton import key_counts, window
 from ca3d_kernels.qkv_attention import triton_kernels, triton_table_kernels
 from ca3d_kernels.qkv_attention.tiling import limit, table_tile, tile_for
 from ca3d_kernels.triton_launch import Argument, Launch
@@ -55,10 +54,7 @@ def _shared_arguments(
         "heads": heads,
         "inner": x.shape[2],
         "frames": x.shape[1],
-        "kernel_size": options.kernel_size,
-        "before": before(options),
-        "zeros": float(options.edge == "zero"),
-        "scale": head_dim**-0.5 if options.scale is None else options.scale,
+        **window(options, x.shape[1], head_dim),
         **images,
         **others,
         "bias": weight if bias is None else bias,
@@ -93,12 +89,7 @@ def _launch(
     cut = tile_for(x.shape[1], options, backward="dx" in images)
     blocks, groups = cut.blocks(x.shape[1]), cut.groups(x.shape[0] * x.shape[2], 1)
     arguments, constants = _shared_arguments(images, others, options)
-    arguments |= {
-        "blocks": blocks,
-        "tiles": blocks * groups,
-        "dilation": options.dilation,
-        "shift": int(options.edge == "shift" and not options.causal),
-    }
+    arguments |= {"blocks": blocks, "tiles": blocks * groups}
     constants |= {
         "ROWS": cut.rows,
         "FRAMES": cut.frames,

@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 
 from ca3d_kernels.local_attention.triton_kernels import (
-    _dot,
-    _halves,
-    _logit_gradients,
-    _multiplicity,
-    _rows,
-    _weighted_sum,
-    _weights,
+    halves,
+    logit_gradients,
+    matmul,
+    multiplicity,
+    offsets,
+    softmax_weights,
+    tile_rows,
+    weighted_sum,
 )
 
 # Arguments whose values Triton would otherwise compile anew for: ALIGNED says what matters of them.
@@ -54,7 +55,7 @@ def _load_bias(bias, bias_head, head, BIAS: tl.constexpr, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
-def _load_frame_bias(bias, bias_head, bias_frame, head, frame, exists, HEAD_DIM: tl.constexpr):
+def load_frame_bias(bias, bias_head, bias_frame, head, frame, exists, HEAD_DIM: tl.constexpr):
     """The same for the frames of a tile's rows, (ROWS, HEAD_DIM) each."""
     at = tl.multiple_of(head * bias_head + frame * bias_frame, [HEAD_DIM, HEAD_DIM])
     at = bias + at + tl.arange(0, HEAD_DIM)[None, :]
@@ -67,16 +68,7 @@ def _load_frame_bias(bias, bias_head, bias_frame, head, frame, exists, HEAD_DIM:
 @triton.jit
 def _project(x, w, b):
     """x (ROWS, in) times w (out, in), rounded to x's dtype as if it had been stored."""
-    return (_dot(x, tl.trans(w)) + b).to(x.dtype)
-
-
-@triton.jit
-def _offsets(position, frame, head, inner, outer_stride, frame_stride, inner_stride,
-             HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    """Where the rows of a tile start in an image, in elements."""
-    offset = (position // inner) * outer_stride + (position % inner) * inner_stride
-    offset += frame * frame_stride + head * HEAD_DIM
-    return tl.multiple_of(offset, [ALIGNED, ALIGNED])
+    return (matmul(x, tl.trans(w)) + b).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -102,32 +94,34 @@ def qkv_attention_forward(
     b_q, b_k, b_v = _load_bias(bias, bias_head, head, BIAS, HEAD_DIM)
     if WHOLE:
         # The same for all tiles: rows of positions that don't exist are not written.
-        count = _multiplicity(
+        count = multiplicity(
             row, column, 0, ROWS, 1, frames, 1, kernel_size, dilation, before, shift, weight,
             ROWS, FRAMES, OWNED, FRONT, 0,
         )  # [ROWS, ROWS]  # fmt: skip
     for tile in range(tl.program_id(0) // heads, tiles, tl.num_programs(0) // heads):
-        position, _, frame, exists = _rows(
+        position, _, frame, exists = tile_rows(
             row, tile, positions, 1, frames, blocks, ROWS, FRAMES, OWNED, FRONT, 0
         )
-        at = _offsets(position, frame, head, inner, x_outer, x_frame, x_inner, HEAD_DIM, ALIGNED)
+        at = offsets(position, head, frame, inner, x_outer, x_inner, HEAD_DIM, x_frame, ALIGNED)
         b_x = tl.load(x + at + i, mask=exists, other=0)  # [ROWS, HEAD_DIM]
         if BIAS == "frame":
-            t_q, t_k, t_v = _load_frame_bias(
+            t_q, t_k, t_v = load_frame_bias(
                 bias, bias_head, bias_frame, head, frame, exists, HEAD_DIM
             )
         else:
             t_q, t_k, t_v = b_q, b_k, b_v
         q, k, v = _project(b_x, w_q, t_q), _project(b_x, w_k, t_k), _project(b_x, w_v, t_v)
         if not WHOLE:
-            count = _multiplicity(
+            count = multiplicity(
                 row, column, tile, positions, 1, frames, blocks, kernel_size, dilation, before,
                 shift, weight, ROWS, FRAMES, OWNED, FRONT, 0,
             )  # fmt: skip
-        weights, _, total = _weights(_dot(q, tl.trans(k)), count, kernel_size, zeros, scale)
-        b_o = _weighted_sum(weights, v, count > 0, PARTS) / total[:, None]
+        weights, _, total = softmax_weights(
+            matmul(q, tl.trans(k)), count, kernel_size, zeros, scale
+        )
+        b_o = weighted_sum(weights, v, count > 0, PARTS) / total[:, None]
         kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
-        at = _offsets(position, frame, head, inner, o_outer, o_frame, o_inner, HEAD_DIM, ALIGNED)
+        at = offsets(position, head, frame, inner, o_outer, o_inner, HEAD_DIM, o_frame, ALIGNED)
         tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
 
 
@@ -186,7 +180,7 @@ def qkv_attention_backward(
     i = tl.arange(0, HEAD_DIM)[None, :]
     b_q, b_k, b_v = _load_bias(bias, bias_head, head, BIAS, HEAD_DIM)
     if WHOLE:
-        count = _multiplicity(
+        count = multiplicity(
             row, column, 0, ROWS, 1, frames, 1, kernel_size, dilation, before, shift, weight,
             ROWS, FRAMES, OWNED, FRONT, 0,
         )  # [ROWS, ROWS]  # fmt: skip
@@ -195,12 +189,12 @@ def qkv_attention_backward(
     db_q = tl.zeros((HEAD_DIM,), tl.float32)
     db_k, db_v = db_q, db_q
     for tile in range(tl.program_id(0) // heads, tiles, tl.num_programs(0) // heads):
-        position, _, frame, exists = _rows(
+        position, _, frame, exists = tile_rows(
             row, tile, positions, 1, frames, blocks, ROWS, FRAMES, OWNED, FRONT, 0
         )
-        at = _offsets(position, frame, head, inner, x_outer, x_frame, x_inner, HEAD_DIM, ALIGNED)
+        at = offsets(position, head, frame, inner, x_outer, x_inner, HEAD_DIM, x_frame, ALIGNED)
         b_x = tl.load(x + at + i, mask=exists, other=0)  # [ROWS, HEAD_DIM]
-        at = _offsets(position, frame, head, inner, do_outer, do_frame, do_inner, HEAD_DIM, ALIGNED)
+        at = offsets(position, head, frame, inner, do_outer, do_inner, HEAD_DIM, do_frame, ALIGNED)
         b_do = tl.load(do + at + i, mask=exists, other=0)  # [ROWS, HEAD_DIM]
         # Loaded for each tile, from a cache: registers have no room for the maps besides the sums.
         w_q = _load_weight(weight, head, 0, HEAD_DIM)  # [HEAD_DIM, HEAD_DIM]
@@ -208,38 +202,40 @@ def qkv_attention_backward(
         w_v = _load_weight(weight, head, 2, HEAD_DIM)
         q, k, v = _project(b_x, w_q, b_q), _project(b_x, w_k, b_k), _project(b_x, w_v, b_v)
         if not WHOLE:
-            count = _multiplicity(
+            count = multiplicity(
                 row, column, tile, positions, 1, frames, blocks, kernel_size, dilation, before,
                 shift, weight, ROWS, FRAMES, OWNED, FRONT, 0,
             )  # fmt: skip
         meets = count > 0
         kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
-        weights, absent, total = _weights(_dot(q, tl.trans(k)), count, kernel_size, zeros, scale)
-        dp = tl.where(meets, _dot(b_do, tl.trans(v)), 0.0)  # [ROWS, ROWS]
-        p, ds = _logit_gradients(weights, absent, total, dp, meets, scale)
-        dv = _weighted_sum(tl.trans(p), b_do, tl.trans(meets), PARTS)
+        weights, absent, total = softmax_weights(
+            matmul(q, tl.trans(k)), count, kernel_size, zeros, scale
+        )
+        dp = tl.where(meets, matmul(b_do, tl.trans(v)), 0.0)  # [ROWS, ROWS]
+        p, ds = logit_gradients(weights, absent, total, dp, meets, scale)
+        dv = weighted_sum(tl.trans(p), b_do, tl.trans(meets), PARTS)
         dv = _own(dv, kept, WHOLE).to(b_x.dtype)
-        b_dx = _dot(dv, w_v)  # [ROWS, HEAD_DIM]
-        left, right = _halves(dv)  # [HEAD_DIM / 2, ROWS]
-        dw_v0 += _dot(left, b_x)
-        dw_v1 += _dot(right, b_x)
-        dk = _weighted_sum(tl.trans(ds), q, tl.trans(meets), PARTS)
+        b_dx = matmul(dv, w_v)  # [ROWS, HEAD_DIM]
+        left, right = halves(dv)  # [HEAD_DIM / 2, ROWS]
+        dw_v0 += matmul(left, b_x)
+        dw_v1 += matmul(right, b_x)
+        dk = weighted_sum(tl.trans(ds), q, tl.trans(meets), PARTS)
         dk = _own(dk, kept, WHOLE).to(b_x.dtype)
-        b_dx += _dot(dk, w_k)
-        left, right = _halves(dk)
-        dw_k0 += _dot(left, b_x)
-        dw_k1 += _dot(right, b_x)
-        dq = _weighted_sum(ds, k, meets, PARTS)
+        b_dx += matmul(dk, w_k)
+        left, right = halves(dk)
+        dw_k0 += matmul(left, b_x)
+        dw_k1 += matmul(right, b_x)
+        dq = weighted_sum(ds, k, meets, PARTS)
         dq = _own(dq, kept, WHOLE).to(b_x.dtype)
-        b_dx += _dot(dq, w_q)
-        left, right = _halves(dq)
-        dw_q0 += _dot(left, b_x)
-        dw_q1 += _dot(right, b_x)
+        b_dx += matmul(dq, w_q)
+        left, right = halves(dq)
+        dw_q0 += matmul(left, b_x)
+        dw_q1 += matmul(right, b_x)
         if BIAS == "head":
             db_q += tl.sum(dq.to(tl.float32), 0)
             db_k += tl.sum(dk.to(tl.float32), 0)
             db_v += tl.sum(dv.to(tl.float32), 0)
-        at = _offsets(position, frame, head, inner, dx_outer, dx_frame, dx_inner, HEAD_DIM, ALIGNED)
+        at = offsets(position, head, frame, inner, dx_outer, dx_inner, HEAD_DIM, dx_frame, ALIGNED)
         tl.store(dx + at + i, b_dx.to(dx.dtype.element_ty), mask=kept)
     _store_shares(partial_weight, partial_bias, program, dw_q0, dw_q1, dw_k0, dw_k1, dw_v0, dw_v1,
                   db_q, db_k, db_v, BIAS == "head", HEAD_DIM)  # fmt: skip
@@ -270,31 +266,30 @@ def qkv_projection_backward(
         exists = row < pixels
         position = row // (frames * inner) * inner + row % inner
         frame = row // inner % frames
-        at = _offsets(position, frame, head, inner, x_outer, x_frame, x_inner, HEAD_DIM,
-                          ALIGNED)  # fmt: skip
+        at = offsets(position, head, frame, inner, x_outer, x_inner, HEAD_DIM, x_frame, ALIGNED)
         b_x = tl.load(x + at + i, mask=exists, other=0)  # [ROWS, HEAD_DIM]
-        at = _offsets(position, frame, head * 3, inner, dqkv_outer, dqkv_frame, dqkv_inner,
-                          HEAD_DIM, ALIGNED)  # fmt: skip
+        at = offsets(
+            position, head * 3, frame, inner, dqkv_outer, dqkv_inner, HEAD_DIM, dqkv_frame, ALIGNED
+        )
         dq = tl.load(dqkv + at + i, mask=exists, other=0)  # [ROWS, HEAD_DIM]
-        b_dx = _dot(dq, _load_weight(weight, head, 0, HEAD_DIM))
-        left, right = _halves(dq)  # [HEAD_DIM / 2, ROWS]
-        dw_q0 += _dot(left, b_x)
-        dw_q1 += _dot(right, b_x)
+        b_dx = matmul(dq, _load_weight(weight, head, 0, HEAD_DIM))
+        left, right = halves(dq)  # [HEAD_DIM / 2, ROWS]
+        dw_q0 += matmul(left, b_x)
+        dw_q1 += matmul(right, b_x)
         dk = tl.load(dqkv + at + HEAD_DIM + i, mask=exists, other=0)
-        b_dx += _dot(dk, _load_weight(weight, head, 1, HEAD_DIM))
-        left, right = _halves(dk)
-        dw_k0 += _dot(left, b_x)
-        dw_k1 += _dot(right, b_x)
+        b_dx += matmul(dk, _load_weight(weight, head, 1, HEAD_DIM))
+        left, right = halves(dk)
+        dw_k0 += matmul(left, b_x)
+        dw_k1 += matmul(right, b_x)
         dv = tl.load(dqkv + at + 2 * HEAD_DIM + i, mask=exists, other=0)
-        b_dx += _dot(dv, _load_weight(weight, head, 2, HEAD_DIM))
-        left, right = _halves(dv)
-        dw_v0 += _dot(left, b_x)
-        dw_v1 += _dot(right, b_x)
+        b_dx += matmul(dv, _load_weight(weight, head, 2, HEAD_DIM))
+        left, right = halves(dv)
+        dw_v0 += matmul(left, b_x)
+        dw_v1 += matmul(right, b_x)
         db_q += tl.sum(dq.to(tl.float32), 0)
         db_k += tl.sum(dk.to(tl.float32), 0)
         db_v += tl.sum(dv.to(tl.float32), 0)
-        at = _offsets(position, frame, head, inner, dx_outer, dx_frame, dx_inner, HEAD_DIM,
-                          ALIGNED)  # fmt: skip
+        at = offsets(position, head, frame, inner, dx_outer, dx_inner, HEAD_DIM, dx_frame, ALIGNED)
         tl.store(dx + at + i, b_dx.to(dx.dtype.element_ty), mask=exists)
     _store_shares(partial_weight, partial_bias, program, dw_q0, dw_q1, dw_k0, dw_k1, dw_v0, dw_v1,
                   db_q, db_k, db_v, True, HEAD_DIM)  # fmt: skip

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from ca3d_kernels.local_attention.triton_kernels import (
-    _dot,
-    _weighted_sum,
-    _weights,
+    matmul,
+    softmax_weights,
+    weighted_sum,
 )
 
 # Arguments whose values Triton would otherwise compile anew for: ALIGNED says what matters of them.
@@ -43,7 +43,7 @@ def _project(x, weight, bias, bias_head, bias_frame, heads, exists, part: tl.con
     i = tl.arange(0, HEAD_DIM)[None, None, :]
     at = weight + ((head * 3 + part) * HEAD_DIM + out) * HEAD_DIM + i
     w = tl.load(at, mask=head < heads, other=0)  # [HEADS, SLICE, HEAD_DIM]
-    y = _dot(x, tl.trans(w))  # [HEADS, PLACES * FRAMES, SLICE]
+    y = matmul(x, tl.trans(w))  # [HEADS, PLACES * FRAMES, SLICE]
     frame = tl.arange(0, PLACES * FRAMES)[None, :, None] % FRAMES
     out = first + tl.arange(0, SLICE)[None, None, :]
     at = tl.multiple_of(head * bias_head + frame * bias_frame, [HEAD_DIM, HEAD_DIM, HEAD_DIM])
@@ -100,10 +100,10 @@ def qkv_attention_table_forward(
                      SLICE, HEADS, PLACES, FRAMES)  # [PLACES, HEADS * FRAMES, SLICE]  # fmt: skip
         k = _project(b_x, weight, bias, bias_head, bias_frame, heads, exists, 1, first, HEAD_DIM,
                      SLICE, HEADS, PLACES, FRAMES)  # fmt: skip
-        products += _dot(q, tl.trans(k))
+        products += matmul(q, tl.trans(k))
     count = _counts(key_counts, heads, frames, kernel_size, before, HEADS, FRAMES)
     count = tl.broadcast_to(count, products.shape)
-    weights, _, total = _weights(products, count, kernel_size, zeros, scale)
+    weights, _, total = softmax_weights(products, count, kernel_size, zeros, scale)
     place = tl.arange(0, PLACES)[:, None, None]
     row = tl.arange(0, HEADS * FRAMES)[None, :, None]
     position, head, frame = tl.program_id(0) * PLACES + place, row // FRAMES, row % FRAMES
@@ -112,6 +112,6 @@ def qkv_attention_table_forward(
     for first in range(0, HEAD_DIM, SLICE):
         v = _project(b_x, weight, bias, bias_head, bias_frame, heads, exists, 2, first, HEAD_DIM,
                      SLICE, HEADS, PLACES, FRAMES)  # fmt: skip
-        b_o = _weighted_sum(weights, v, count > 0, PARTS) / total.expand_dims(-1)
+        b_o = weighted_sum(weights, v, count > 0, PARTS) / total.expand_dims(-1)
         out = first + tl.arange(0, SLICE)[None, None, :]
         tl.store(o + at + out, b_o.to(o.dtype.element_ty), mask=kept)

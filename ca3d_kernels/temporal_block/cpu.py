@@ -54,7 +54,7 @@ class NativeKernels:
         found = self._filters.get(weight)
         if found is not None and version is not None and found[0] == version:
             return found[1]
-        filters = torch.empty(count)
+        filters = torch.empty(count, device="cpu")
         self._native.temporal_block_filters(
             problem, weight.data_ptr(), filters.data_ptr(), torch.get_num_threads()
         )

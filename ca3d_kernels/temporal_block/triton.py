@@ -6,7 +6,7 @@ from torch import Tensor
 from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.local_attention.op import Options
-from ca3d_kernels.local_attention.tiling import before
+from ca3d_kernels.local_attention.triton import window
 from ca3d_kernels.temporal_block import triton_kernels
 from ca3d_kernels.temporal_block.op import Weights
 from ca3d_kernels.temporal_block.tiling import ROWS, frames_of_a_tile, limit, tiles
@@ -48,13 +48,8 @@ def launch(x: Tensor, weights: Weights, out: Tensor, options: Options) -> Launch
         "inner": inner,
         "frames": frames,
         "tiles": count,
-        "kernel_size": options.kernel_size,
-        "dilation": options.dilation,
-        "before": before(options),
-        "shift": int(options.edge == "shift" and not options.causal),
         "convolutions": len(weights.column_weight),
-        "zeros": float(options.edge == "zero"),
-        "scale": head_dim**-0.5 if options.scale is None else options.scale,
+        **window(options, frames, head_dim),
         "x": x,
         "out": out,
         **weights._asdict(),

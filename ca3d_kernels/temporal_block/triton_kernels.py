@@ -4,20 +4,22 @@ A program serves one head and goes through its share of the tiles; a tile holds 
 positions. Everything between x and the result stays in registers: queries, keys, values and the
 inputs of the temporal convolutions are rounded to x's dtype, as if they had been stored, and the
 residual is kept in float32. Tiles have 32 rows, on which products stay with ``mma.sync`` on every
-GPU.
+GPU. Every tile reads the head's weights again, from cache: with several convolutions that is more
+than ten times what it moves in memory, and cache, not memory, bounds the kernel.
 """
 
 import triton
 import triton.language as tl
 
 from ca3d_kernels.local_attention.triton_kernels import (
-    _dot,
-    _multiplicity,
-    _rows,
-    _weighted_sum,
-    _weights,
+    matmul,
+    multiplicity,
+    offsets,
+    softmax_weights,
+    tile_rows,
+    weighted_sum,
 )
-from ca3d_kernels.qkv_attention.triton_kernels import _load_frame_bias, _offsets
+from ca3d_kernels.qkv_attention.triton_kernels import load_frame_bias
 
 # Arguments whose values Triton would otherwise compile anew for: ALIGNED says what matters of them.
 RUN_TIME = [
@@ -55,9 +57,9 @@ def _step(x, row, before, after, weight, bias, scale, shift, at,
     """scale relu(conv(x) + bias) + shift over three frames, (ROWS, HEAD_DIM) in float32."""
     filters = weight + tl.multiple_of(at * 3 * HEAD_DIM, HEAD_DIM)
     matrix: tl.constexpr = HEAD_DIM * HEAD_DIM
-    y = _dot(_frame_at(x, row, -1, before, ROWS), _load_matrix(filters, HEAD_DIM, HEAD_DIM))
-    y += _dot(x, _load_matrix(filters + matrix, HEAD_DIM, HEAD_DIM))
-    y += _dot(
+    y = matmul(_frame_at(x, row, -1, before, ROWS), _load_matrix(filters, HEAD_DIM, HEAD_DIM))
+    y += matmul(x, _load_matrix(filters + matrix, HEAD_DIM, HEAD_DIM))
+    y += matmul(
         _frame_at(x, row, 1, after, ROWS), _load_matrix(filters + 2 * matrix, HEAD_DIM, HEAD_DIM)
     )
     y += _load_row(bias, at, HEAD_DIM)
@@ -83,27 +85,29 @@ def temporal_block_forward(
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
     i = tl.arange(0, HEAD_DIM)[None, :]
     # Rows of positions that don't exist are not written, so that all tiles meet alike.
-    count = _multiplicity(
+    count = multiplicity(
         row, column, 0, ROWS, 1, frames, 1, kernel_size, dilation, before, shift, x,
         ROWS, FRAMES, FRAMES, 0, 0,
     )  # [ROWS, ROWS]  # fmt: skip
     maps = qkv_weight + tl.multiple_of(head * 3 * HEAD_DIM, HEAD_DIM) * HEAD_DIM
     s_norm = _load_row(norm_scale, head * HEAD_DIM, HEAD_DIM)
     for tile in range(tl.program_id(0) // heads, tiles, tl.num_programs(0) // heads):
-        position, _, frame, exists = _rows(
+        position, _, frame, exists = tile_rows(
             row, tile, positions, 1, frames, 1, ROWS, FRAMES, FRAMES, 0, 0
         )
-        at = _offsets(position, frame, head, inner, x_outer, x_frame, x_inner, HEAD_DIM, ALIGNED)
+        at = offsets(position, head, frame, inner, x_outer, x_inner, HEAD_DIM, x_frame, ALIGNED)
         b_x = tl.load(x + at + i, mask=exists, other=0)  # [ROWS, HEAD_DIM]
-        t_q, t_k, t_v = _load_frame_bias(
+        t_q, t_k, t_v = load_frame_bias(
             qkv_bias, frames * 3 * HEAD_DIM, 3 * HEAD_DIM, head, frame, exists, HEAD_DIM
         )
-        q = (_dot(b_x, _load_matrix(maps, 3 * HEAD_DIM, HEAD_DIM)) + t_q).to(x.dtype.element_ty)
-        k = _dot(b_x, _load_matrix(maps + HEAD_DIM, 3 * HEAD_DIM, HEAD_DIM)) + t_k
-        v = _dot(b_x, _load_matrix(maps + 2 * HEAD_DIM, 3 * HEAD_DIM, HEAD_DIM)) + t_v
+        q = (matmul(b_x, _load_matrix(maps, 3 * HEAD_DIM, HEAD_DIM)) + t_q).to(x.dtype.element_ty)
+        k = matmul(b_x, _load_matrix(maps + HEAD_DIM, 3 * HEAD_DIM, HEAD_DIM)) + t_k
+        v = matmul(b_x, _load_matrix(maps + 2 * HEAD_DIM, 3 * HEAD_DIM, HEAD_DIM)) + t_v
         k, v = k.to(x.dtype.element_ty), v.to(x.dtype.element_ty)
-        weights, _, total = _weights(_dot(q, tl.trans(k)), count, kernel_size, zeros, scale)
-        y = _weighted_sum(weights, v, count > 0, PARTS) / total[:, None] + b_x
+        weights, _, total = softmax_weights(
+            matmul(q, tl.trans(k)), count, kernel_size, zeros, scale
+        )
+        y = weighted_sum(weights, v, count > 0, PARTS) / total[:, None] + b_x
         moved = tl.multiple_of((head * frames + frame) * HEAD_DIM, [HEAD_DIM, HEAD_DIM])
         y = y * s_norm + tl.load(norm_shift + moved + i, mask=exists, other=0)
         has_before = exists & (frame > 0)
@@ -118,7 +122,7 @@ def temporal_block_forward(
                 u.to(x.dtype.element_ty), row, has_before, has_after, column_weight, column_bias,
                 column_scale, column_shift, place + heads * HEAD_DIM, ROWS, HEAD_DIM,
             )  # fmt: skip
-        at = _offsets(
-            position, frame, head, inner, out_outer, out_frame, out_inner, HEAD_DIM, ALIGNED
+        at = offsets(
+            position, head, frame, inner, out_outer, out_inner, HEAD_DIM, out_frame, ALIGNED
         )
         tl.store(out + at + i, y.to(out.dtype.element_ty), mask=exists)

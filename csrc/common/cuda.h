@@ -33,13 +33,13 @@ __device__ __forceinline__ BFloat16 to_bfloat16(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 
-// Queues a kernel of one argument; its errors are those of cudaGetLastError.
+// Queues a kernel of one argument.
 template <class Argument>
-void launch(void (*kernel)(Argument), unsigned grid, unsigned block, size_t shared,
-            cudaStream_t stream, Argument argument) {
+cudaError_t launch(void (*kernel)(Argument), unsigned grid, unsigned block, size_t shared,
+                   cudaStream_t stream, Argument argument) {
   void* arguments[] = {&argument};
-  (void)cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(block), arguments,
-                         shared, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(block), arguments,
+                          shared, stream);
 }
 
 }  // namespace ca3d
@@ -51,6 +51,9 @@ void launch(void (*kernel)(Argument), unsigned grid, unsigned block, size_t shar
 
 namespace ca3d {
 
+// The mask of shuffles and votes that all lanes take.
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
 // An error of the CUDA runtime, such as 35: no driver, or one older than this library.
 class CudaError : public std::runtime_error {
  public:
@@ -60,7 +63,9 @@ class CudaError : public std::runtime_error {
 };
 
 inline void check(cudaError_t code) {
-  if (code != cudaSuccess) throw CudaError(code);
+  if (code == cudaSuccess) return;
+  (void)cudaGetLastError();  // which would tell it once more, to whoever asks next
+  throw CudaError(code);
 }
 
 // Makes a device current until the end of the scope.

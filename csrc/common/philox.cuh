@@ -44,9 +44,10 @@ __device__ __forceinline__ void draw(uint64_t seed, int64_t first, uint32_t tens
     for (int j = 0; j < 4 && i + j < kWidth; ++j) {
       uint32_t word = words.of[j];
       if (kWidth == 1) {
-        const uint32_t odd = place % 2 ? words.of[3] : words.of[2];
-        const uint32_t even = place % 2 ? words.of[1] : words.of[0];
-        word = place % 4 < 2 ? even : odd;
+        // By selection: an index would put the words into memory.
+        const uint32_t first_two = place % 2 ? words.of[1] : words.of[0];
+        const uint32_t last_two = place % 2 ? words.of[3] : words.of[2];
+        word = place % 4 < 2 ? first_two : last_two;
       }
       to[i + j] = place & 16 ? word << 16 | word >> 16 : word;
     }

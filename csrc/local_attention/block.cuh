@@ -11,7 +11,6 @@ namespace {
 
 // Slots whose scores are computed together: loads in flight, and one step of the running softmax.
 constexpr int kSlotBlock = 5;
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 template <class Real>
 __device__ __forceinline__ Real minus_infinity() {
@@ -38,7 +37,8 @@ struct Span {
   int32_t first, count;
 };
 
-// Row `position` of a unit; without a row (`exists` false) nothing else may be used.
+// Row `position` of a unit. Without a row (`exists` false) memory may not be reached by it: its
+// unit and position are 0 or lie beyond the unit's frames.
 struct Row {
   Unit unit;
   int32_t number;  // of the unit in the block
@@ -48,11 +48,10 @@ struct Row {
 
 __device__ __forceinline__ Unit locate_unit(const LocalAttentionArguments& a, uint32_t index) {
   const uint32_t head = index % a.heads, sequence = index / a.heads;
-  const uint32_t phase = sequence % a.phases, place = sequence / a.phases;
-  // As in visible_frames; frames is below 2^31.
-  const int64_t frames = (a.frames - phase - 1) / a.dilation + 1;
+  const uint32_t place = sequence / a.phases;
+  const int32_t phase = static_cast<int32_t>(sequence % a.phases);
   return {static_cast<int64_t>(place / a.inner), static_cast<int64_t>(place % a.inner),
-          static_cast<int32_t>(head), static_cast<int32_t>(phase), static_cast<int32_t>(frames)};
+          static_cast<int32_t>(head), phase, a.longest - (phase >= a.full_phases)};
 }
 
 // The window as visible_frames wants it: here the compiler sees that there is no dilation left, and
@@ -110,9 +109,9 @@ template <class Stored, Access kAccess>
 struct Fragment {
   using Real = Computed<Stored>;
   static constexpr int kWidth = kAccess == Access::kScalars ? 1 : kVectorWidth<Stored>;
-  static constexpr int kLanesElements = kWidth * kWarpLanes;
+  static constexpr int kElementsOfAWarp = kWidth * kWarpLanes;
   static constexpr int kChunks =
-      kLanesElements >= kMaxGpuHeadDim ? 1 : static_cast<int>(kMaxGpuHeadDim) / kLanesElements;
+      kElementsOfAWarp >= kMaxGpuHeadDim ? 1 : static_cast<int>(kMaxGpuHeadDim) / kElementsOfAWarp;
 
   // Chunk c of a lane are the elements (c * lanes + lane) * kWidth and following of a row.
   Real x[kChunks][kWidth];
@@ -128,8 +127,8 @@ class Block {
   __device__ Block(const LocalAttentionArguments& arguments, unsigned char* shared)
       : a(arguments),
         lane(threadIdx.x & (arguments.lanes - 1)),
-        team(threadIdx.x / arguments.lanes),
-        teams(blockDim.x / arguments.lanes),
+        team(threadIdx.x >> arguments.lane_shift),
+        teams(blockDim.x >> arguments.lane_shift),
         tile_number(blockIdx.x % arguments.tiles),
         first_unit(blockIdx.x / arguments.tiles * arguments.units_per_block),
         shared_(shared),
@@ -148,10 +147,10 @@ class Block {
   __device__ Row row(int index, Divider capacity, Span Spans::* span) const {
     const uint32_t number = index / capacity, offset = index % capacity;
     Row found{};
-    found.number = number;
     if (index >= rows(capacity) || first_unit + number >= static_cast<uint32_t>(a.units)) {
       return found;
     }
+    found.number = static_cast<int32_t>(number);
     found.unit = locate_unit(a, first_unit + number);
     const Span positions = spans_of<kBackward>(a, found.unit.frames, tile_number).*span;
     found.position = positions.first + static_cast<int32_t>(offset);

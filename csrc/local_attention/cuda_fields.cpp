@@ -54,9 +54,11 @@ std::vector<ArgumentField> argument_fields(const LocalAttentionLaunch& launch) {
   CA3D_FIELD(window.causal, "bool", "whether a window ends at its query");
   CA3D_FIELD(window.edge, "int32_t", "0 truncate, 1 zero, 2 shift");
   CA3D_FIELD(dilation, "int64_t", "distance of neighbouring slots in frames");
-  CA3D_FIELD(frames, "int64_t", "T");
+  CA3D_FIELD(longest, "int32_t", "positions of a sequence of the first full_phases phases");
+  CA3D_FIELD(full_phases, "int32_t", "sequences of later phases have one position less");
   CA3D_FIELD(head_dim, "int32_t", "elements of a row");
-  CA3D_FIELD(lanes, "int32_t", "threads that share a row");
+  CA3D_FIELD(lanes, "int32_t", "threads that share a row, a power of two");
+  CA3D_FIELD(lane_shift, "int32_t", "its exponent");
   CA3D_FIELD(units, "int32_t", "sequences of one head and one phase of the dilation");
   CA3D_FIELD(units_per_block, "int32_t", "of these, how many a block takes");
   CA3D_FIELD(slots, "int32_t", "most rows that a query sees");

@@ -96,7 +96,8 @@ class Planner {
     a.window = p_.window;
     a.window.dilation = 1;
     a.dilation = p_.window.dilation;
-    a.frames = p_.frames;
+    a.longest = static_cast<int32_t>(longest_);
+    a.full_phases = static_cast<int32_t>(p_.frames - (longest_ - 1) * p_.window.dilation);
     a.head_dim = static_cast<int32_t>(p_.head_dim);
     a.has_table = p_.key_table != nullptr;
     if (a.has_table) a.table = make_table(p_);
@@ -117,9 +118,10 @@ class Planner {
   void set_lanes() {
     const int64_t width = launch_.access == Access::kScalars ? 1 : 16 / bytes_;
     const int64_t accesses = (p_.head_dim + width - 1) / width;
-    int32_t lanes = 1;
-    while (lanes < accesses && lanes < kWarpLanes) lanes *= 2;
-    args().lanes = lanes;
+    int32_t shift = 0;
+    while ((1 << shift) < accesses && (1 << shift) < kWarpLanes) ++shift;
+    args().lanes = 1 << shift;
+    args().lane_shift = shift;
   }
 
   // Positions that a block needs for a tile, beyond the tile itself: windows reach kernel_size - 1

@@ -51,10 +51,12 @@ struct LocalAttentionArguments {
   double scale;
   Window window;  // of positions: its dilation is 1
   int64_t dilation;
-  int64_t frames;
+  int32_t longest;      // positions of the sequences of the first `full_phases` phases;
+  int32_t full_phases;  // those of the others have one less
   int32_t head_dim;
-  int32_t lanes;
-  int32_t units;  // of the call
+  int32_t lanes;       // 2^lane_shift
+  int32_t lane_shift;  // of the kernel's divisions by lanes
+  int32_t units;       // of the call
   int32_t units_per_block;
   int32_t slots;  // most rows that a query sees; with a key table, kernel_size
   int32_t tile;   // positions whose results a block writes

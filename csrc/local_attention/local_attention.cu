@@ -324,8 +324,7 @@ const Kernel kKernels[4][2][3] = {CA3D_KERNELS_OF_TYPE(float32), CA3D_KERNELS_OF
 void run_local_attention(const LocalAttentionLaunch& x, int device, void* stream) {
   const DeviceGuard guard(device);
   const Kernel kernel = kKernels[static_cast<int>(x.dtype)][x.backward][static_cast<int>(x.access)];
-  launch(kernel, x.grid, x.block, x.shared, static_cast<cudaStream_t>(stream), x.arguments);
-  check(cudaGetLastError());
+  check(launch(kernel, x.grid, x.block, x.shared, static_cast<cudaStream_t>(stream), x.arguments));
 }
 
 }  // namespace ca3d

@@ -1,7 +1,7 @@
 // Local temporal attention: the problem, and which frames a window sees. CPU and GPU share this.
 //
-//   o[h, t] = sum_n p[h, t, n] v[h, s(t, n)],   p[h, t, :] = softmax_n(scale q[h, t] . k[h, s(t,
-//   n)])
+//   o[h, t] = sum_n p[h, t, n] v[h, s(t, n)]
+//   p[h, t, :] = softmax over n of scale q[h, t] . k[h, s(t, n)]
 //
 // Slot n (of 0 .. K-1) of frame t is frame s(t, n) = t + (n - K/2) dilation; causal windows end at
 // t.

@@ -33,6 +33,9 @@ std::vector<ArgumentField> fields_of(const PreParamStep& step, const PreParamLau
   fields.push_back(
       {"device.found_inf", offsetof(Arguments, device.found_inf), "float*",
        "1 element: a step is skipped unless it is 0, or null; overflows sets it to 1"});
+  fields.push_back({"device.largest", offsetof(Arguments, device.largest), real + "*",
+                    "largest |theta| and |momentum| of each block, or null: written by a step; "
+                    "overflows reads only gradients where they suffice, NaN where unknown"});
   fields.push_back({"seed", offsetof(Arguments, seed), "uint64_t", "of stochastic rounding"});
   fields.push_back({"steps", offsetof(Arguments, steps), "uint32_t", "that came before"});
   fields.push_back({"nesterov", offsetof(Arguments, nesterov), "int32_t", "0 or 1"});
@@ -76,6 +79,7 @@ std::vector<PreParamLaunch> plan_preparam(const PreParamRun* runs, int64_t count
   std::vector<PreParamLaunch> launches;
   const bool large = allow_large && count > kSmallTable;
   const int64_t most = large ? kLargeTable : kSmallTable;
+  int64_t first_block = 0;
   for (int64_t first = 0; first < count; first += most) {
     const int64_t tensors = count - first < most ? count - first : most;
     int64_t blocks = 0;
@@ -86,9 +90,14 @@ std::vector<PreParamLaunch> plan_preparam(const PreParamRun* runs, int64_t count
       }
     }
     launches.push_back(
-        {first, static_cast<int32_t>(tensors), large, static_cast<unsigned>(blocks)});
+        {first, first_block, static_cast<int32_t>(tensors), large, static_cast<unsigned>(blocks)});
+    first_block += blocks;
   }
   return launches;
+}
+
+size_t shared_bytes(const PreParamStep& step) {
+  return step.pre_param == DType::kFloat64 ? kPreParamShared<double> : kPreParamShared<float>;
 }
 
 std::string entry_name(const PreParamStep& step, const PreParamLaunch& launch, bool overflows) {

@@ -82,14 +82,14 @@ int team(const std::vector<PreParamPiece>& cut, int threads) {
 }  // namespace
 
 void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                       int threads, PreParamLargest* largest) {
+                       int threads, PreParamLargest<double>* largest) {
   check(step, runs, count, threads);
   const std::vector<PreParamPiece> cut = pieces(step, runs, count);
   kernels().step(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads), largest);
 }
 
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                                 int threads, const PreParamLargest* largest) {
+                                 int threads, const PreParamLargest<double>* largest) {
   check(step, runs, count, threads);
   const std::vector<PreParamPiece> cut = pieces(step, runs, count);
   return kernels().overflows(step, cut.data(), static_cast<int64_t>(cut.size()), team(cut, threads),

@@ -5,7 +5,13 @@
 // and as many elements of w and g (8 bytes where these are narrower), and the last elements one by
 // one. Products and sums are rounded one by one, never fused, so that every backend gives the same
 // bits.
+//
+// A step may leave the largest magnitudes that it stored of each chunk. The next search then reads
+// only the gradients of a chunk from which nothing so large can overflow.
+#include <limits>
+
 #include "common/cuda.h"
+#include "common/cuda_device.h"
 #include "common/elements.cuh"
 #include "common/philox.cuh"
 #include "common/stochastic.cuh"
@@ -29,6 +35,22 @@ __device__ __forceinline__ float sum(float x, float y) {
 }
 __device__ __forceinline__ double sum(double x, double y) {
   return __dadd_rn(x, y);
+}
+
+template <class Real>
+constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+
+// The largest finite number of a stored type.
+template <class Stored>
+constexpr Stored kLargestFinite = std::numeric_limits<Stored>::max();
+template <>
+constexpr float kLargestFinite<Half> = 65504;
+template <>
+constexpr float kLargestFinite<BFloat16> = 0x1.fep127f;
+
+template <class Real>
+__device__ __forceinline__ Real magnitude(Real x) {
+  return x < 0 ? -x : x;
 }
 
 // ---- ways of rounding theta and momentum ----
@@ -97,6 +119,67 @@ template <class Param, class PreParam, int kWidth>
 struct Stepped {
   Param param[kWidth];
   PreParam pre_param[kWidth], momentum[kWidth], compensation[kWidth];
+};
+
+// The magnitude of a stored number as an integer. These are ordered as the numbers are, and NaN
+// lies beyond infinity.
+__device__ __forceinline__ uint32_t magnitude_bits(Half x) {
+  return x.bits & 0x7fffu;
+}
+__device__ __forceinline__ uint32_t magnitude_bits(BFloat16 x) {
+  return x.bits & 0x7fffu;
+}
+__device__ __forceinline__ uint32_t magnitude_bits(float x) {
+  return __float_as_uint(x) & 0x7fffffffu;
+}
+__device__ __forceinline__ uint64_t magnitude_bits(double x) {
+  return static_cast<uint64_t>(__double_as_longlong(x)) & 0x7fffffffffffffffu;
+}
+
+template <class Stored>
+using MagnitudeBits = decltype(magnitude_bits(Stored()));
+
+__device__ __forceinline__ void from_bits(uint32_t bits, Half* to) {
+  to->bits = static_cast<uint16_t>(bits);
+}
+__device__ __forceinline__ void from_bits(uint32_t bits, BFloat16* to) {
+  to->bits = static_cast<uint16_t>(bits);
+}
+__device__ __forceinline__ void from_bits(uint32_t bits, float* to) {
+  *to = __uint_as_float(bits);
+}
+__device__ __forceinline__ void from_bits(uint64_t bits, double* to) {
+  *to = __longlong_as_double(static_cast<long long>(bits));
+}
+
+// The largest magnitude of some stored numbers.
+template <class Stored>
+struct LargestMagnitude {
+  MagnitudeBits<Stored> bits = 0;
+
+  __device__ __forceinline__ void take_bits(MagnitudeBits<Stored> other) {
+    bits = bits < other ? other : bits;
+  }
+  template <int kWidth>
+  __device__ __forceinline__ void take(const Stored (&numbers)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) take_bits(magnitude_bits(numbers[i]));
+  }
+
+  __device__ __forceinline__ LargestMagnitude of_warp() const {
+    LargestMagnitude most = *this;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      most.take_bits(__shfl_xor_sync(kWholeWarp, most.bits, step));
+    }
+    return most;
+  }
+
+  __device__ __forceinline__ Computed<Stored> value() const {
+    Stored x;
+    from_bits(bits, &x);
+    return widen(x);
+  }
 };
 
 // Where a chunk lies. Momentum is null for a step without, and so is compensation.
@@ -216,30 +299,130 @@ struct Kernel {
     return finite;
   }
 
-  // Calls `visit` with the stepped elements of this thread, vectors first.
+  // Calls `vector` with the places of this thread's vectors, then `element` with those of the
+  // elements that are left.
+  template <int kUnroll, class Vector, class Element>
+  static __device__ __forceinline__ void each(const Part& chunk, Vector vector, Element element) {
+    const int32_t vectors = chunk.is_aligned() ? chunk.count / kVector : 0;
+#pragma unroll kUnroll
+    for (int32_t i = threadIdx.x; i < vectors; i += kPreParamThreads) vector(i * kVector);
+    for (int32_t i = vectors * kVector + threadIdx.x; i < chunk.count; i += kPreParamThreads) {
+      element(i);
+    }
+  }
+
+  // Calls `visit` with the stepped elements of this thread and their places. One vector of each
+  // tensor is enough in flight; two would spill registers.
   template <class Visit>
-  static __device__ __forceinline__ void each(const Arguments& a, Visit visit) {
+  static __device__ __forceinline__ void each_stepped(const Arguments& a,
+                                                      const PreParamNumbers<Real>& numbers,
+                                                      const Part& chunk, Visit visit) {
+    each<1>(
+        chunk, [&](int32_t at) { visit(step<kVector>(a, numbers, chunk, at), at); },
+        [&](int32_t at) { visit(step<1>(a, numbers, chunk, at), at); });
+  }
+
+  static __device__ __forceinline__ void step_all(const Arguments& a, unsigned char* shared) {
+    if (a.device.found_inf && *a.device.found_inf != 0) return;
+    const Part chunk = locate(a);
+    LargestMagnitude<PreParam> pre_param, momentum;
+    each_stepped(a, current_numbers(a), chunk, [&](const auto& to, int32_t at) {
+      write(to, chunk, at);
+      pre_param.take(to.pre_param);
+      momentum.take(to.momentum);
+    });
+    if (a.device.largest) leave(a, pre_param, momentum, shared);
+  }
+
+  // Leaves the largest magnitudes of the block, to which every thread adds its own.
+  static __device__ __forceinline__ void leave(const Arguments& a,
+                                               LargestMagnitude<PreParam> pre_param,
+                                               LargestMagnitude<PreParam> momentum,
+                                               unsigned char* shared) {
+    auto* const of_warps = reinterpret_cast<LargestMagnitude<PreParam>*>(shared);
+    pre_param = pre_param.of_warp();
+    momentum = momentum.of_warp();
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) {
+      of_warps[2 * warp] = pre_param;
+      of_warps[2 * warp + 1] = momentum;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int i = 1; i < kPreParamThreads / 32; ++i) {
+      pre_param.take_bits(of_warps[2 * i].bits);
+      momentum.take_bits(of_warps[2 * i + 1].bits);
+    }
+    const Real largest[2] = {pre_param.value(), momentum.value()};
+    ca3d::write<2>(largest_of_block(a), largest);
+  }
+
+  // Where the largest magnitudes of this block lie: theta's and momentum's.
+  static __device__ __forceinline__ Real* largest_of_block(const Arguments& a) {
+    return static_cast<Real*>(a.device.largest) + 2 * static_cast<int64_t>(blockIdx.x);
+  }
+
+  static __device__ __forceinline__ void find_overflows(const Arguments& a,
+                                                        unsigned char* /*shared*/) {
     const PreParamNumbers<Real> numbers = current_numbers(a);
     const Part chunk = locate(a);
-    const int32_t vectors = chunk.is_aligned() ? chunk.count / kVector : 0;
-#pragma unroll 2
-    for (int32_t i = threadIdx.x; i < vectors; i += kPreParamThreads) {
-      visit(step<kVector>(a, numbers, chunk, i * kVector), chunk, i * kVector);
-    }
-    for (int32_t i = vectors * kVector + threadIdx.x; i < chunk.count; i += kPreParamThreads) {
-      visit(step<1>(a, numbers, chunk, i), chunk, i);
-    }
-  }
-
-  static __device__ __forceinline__ void step_all(const Arguments& a) {
-    if (a.device.found_inf && *a.device.found_inf != 0) return;
-    each(a, [](const auto& to, const Part& chunk, int32_t at) { write(to, chunk, at); });
-  }
-
-  static __device__ __forceinline__ void find_overflows(const Arguments& a) {
+    if (a.device.largest && gradients_suffice(a, numbers, chunk)) return;
     bool finite = true;
-    each(a, [&](const auto& to, const Part&, int32_t) { finite = finite && is_finite(to); });
-    if (!finite) atomicExch(a.device.found_inf, 1.0f);
+    each_stepped(a, numbers, chunk,
+                 [&](const auto& to, int32_t) { finite = finite && is_finite(to); });
+    // Once a warp: where every gradient overflows, all threads would queue at one address. All of
+    // them come here.
+    if (__any_sync(kWholeWarp, !finite) && threadIdx.x % 32 == 0) {
+      atomicExch(a.device.found_inf, 1.0f);
+    }
+  }
+
+  // Whether the gradients of this warp, and what the last step left, tell that nothing overflows.
+  // The same for all of its threads.
+  static __device__ __forceinline__ bool gradients_suffice(const Arguments& a,
+                                                           const PreParamNumbers<Real>& numbers,
+                                                           const Part& chunk) {
+    LargestMagnitude<Param> most;
+    each<2>(
+        chunk, [&](int32_t at) { take<kVector>(chunk.grad + at, &most); },
+        [&](int32_t at) { take<1>(chunk.grad + at, &most); });
+    most = most.of_warp();
+    bool safe = true;
+    // One lane reads for all.
+    if (threadIdx.x % 32 == 0) {
+      Real largest[2];
+      read<2>(largest_of_block(a), largest);
+      safe = is_safe(a, numbers, chunk, static_cast<Real>(most.value()), {largest[0], largest[1]});
+    }
+    return !__any_sync(kWholeWarp, !safe);
+  }
+
+  // Whether nothing that a step makes of gradients up to `grad`, and of theta and m up to the
+  // largest that were stored, can overflow, on the way or at the end. Every term of these sums is a
+  // magnitude, and the factor covers their rounding. If one isn't finite, a comparison fails.
+  static __device__ __forceinline__ bool is_safe(const Arguments& a, const PreParamNumbers<Real>& x,
+                                                 const Part& chunk, Real grad,
+                                                 const PreParamLargest<Real>& largest) {
+    // A compensation is at most half an ulp of theta: 2^-8 of it in bfloat16.
+    const Real theta = largest.pre_param * static_cast<Real>(1 + 0x1p-8);
+    const Real d = grad * magnitude(x.gradient_scale) + theta * magnitude(x.weight_decay);
+    // Without momentum the largest is 0. Used all the same, so that one access reads the pair:
+    // where it is used in one branch alone, nvcc 13.0 takes the access apart for sm_120.
+    const Real share = chunk.momentum ? magnitude(x.fresh) : 1;
+    const Real m = largest.momentum * magnitude(x.momentum) + d * share;
+    const Real by = a.nesterov ? d + m * magnitude(x.momentum) : m;
+    const Real stepped = theta + by * magnitude(x.lr);
+    constexpr Real kRounding = static_cast<Real>(1.01);
+    return by * kRounding < kInfinity<Real> && m * kRounding < kLargestFinite<PreParam> &&
+           stepped * kRounding < kLargestFinite<PreParam> &&
+           stepped * kRounding < kLargestFinite<Param> * magnitude(x.scale);
+  }
+
+  template <int kWidth>
+  static __device__ __forceinline__ void take(const Param* from, LargestMagnitude<Param>* most) {
+    Param numbers[kWidth];
+    read<kWidth>(from, numbers);
+    most->take(numbers);
   }
 };
 
@@ -254,7 +437,8 @@ constexpr int kBlocksAtLeast = 3;
 #define CA3D_ENTRY(Rounding, function, name, Param, PreParam, kTensors)                         \
   extern "C" __global__ void __launch_bounds__(kPreParamThreads, kBlocksAtLeast)                \
       name(const __grid_constant__ PreParamArguments<Computed<PreParam>, kTensors> arguments) { \
-    Kernel<Rounding, Param, PreParam, kTensors>::function(arguments);                           \
+    CA3D_DYNAMIC_SHARED(shared);                                                                \
+    Kernel<Rounding, Param, PreParam, kTensors>::function(arguments, shared);                   \
   }
 
 // The step with a way of rounding, and the search for what would overflow, which bounds it.
@@ -264,7 +448,7 @@ constexpr int kBlocksAtLeast = 3;
              kTensors)
 
 // CUDA before 12.1 has no arguments above 4 KB.
-#if defined(CA3D_CUDA_EMULATION) || CUDART_VERSION >= 12010
+#if CUDART_VERSION >= 12010
 #define CA3D_LARGE_TABLES 1
 #define CA3D_ENTRIES(Rounding, Bound, Param, PreParam, suffix)                        \
   CA3D_ENTRIES_OF_TABLE(Rounding, Bound, Param, PreParam, suffix, kSmallTable, small) \
@@ -302,15 +486,16 @@ struct Kernels {
 
   void run(const PreParamStep& x, const PreParamRun* runs, int64_t count,
            const PreParamDevice& addresses, bool asks_overflows, cudaStream_t stream) const {
-    for (const PreParamLaunch& one : plan_preparam(runs, count, CA3D_LARGE_TABLES)) {
+    for (const PreParamLaunch& one : plan_preparam(runs, count, allows_large_tables())) {
       if (one.large) {
-        launch(asks_overflows ? large_overflows : large_step, one.grid, kPreParamThreads, 0, stream,
-               arguments_of<Real, kLargeTable>(x, one, runs, addresses));
+        check(launch(asks_overflows ? large_overflows : large_step, one.grid, kPreParamThreads,
+                     kPreParamShared<Real>, stream,
+                     arguments_of<Real, kLargeTable>(x, one, runs, addresses)));
       } else {
-        launch(asks_overflows ? overflows : step, one.grid, kPreParamThreads, 0, stream,
-               arguments_of<Real, kSmallTable>(x, one, runs, addresses));
+        check(launch(asks_overflows ? overflows : step, one.grid, kPreParamThreads,
+                     kPreParamShared<Real>, stream,
+                     arguments_of<Real, kSmallTable>(x, one, runs, addresses)));
       }
-      check(cudaGetLastError());
     }
   }
 };
@@ -358,6 +543,11 @@ void run(const PreParamStep& step, const PreParamRun* runs, int64_t count,
 }
 
 }  // namespace
+
+bool allows_large_tables() {
+  static const int driver = cuda_driver_version();
+  return CA3D_LARGE_TABLES && (driver == 0 || driver >= 12010);
+}
 
 void run_preparam_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
                        const PreParamDevice& addresses, int device, void* stream) {

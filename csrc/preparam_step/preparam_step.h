@@ -65,30 +65,33 @@ Rounding applied_rounding(const PreParamStep& step);
 // Throws std::invalid_argument for options, types or runs that don't fit together.
 void check(const PreParamStep& step, const PreParamRun* runs, int64_t count);
 
-// What the magnitudes of theta and m don't exceed in a piece of kPreParamRun elements (the last of
-// a run may be shorter); reached unless rounding is stochastic. NaN when nothing is known.
+// What the magnitudes of theta and m don't exceed in a piece of a run: on a CPU of kPreParamRun
+// elements (the last of a run may be shorter), where it is reached unless rounding is stochastic,
+// in double; on a GPU of a block's chunk, where it always is, in the type that is computed in. NaN
+// when nothing is known; not finite when a number isn't.
+template <class Real>
 struct PreParamLargest {
-  double pre_param, momentum;
+  Real pre_param, momentum;
 };
 
 // Steps every run; throws std::invalid_argument for options, types or runs that don't fit together.
 // `largest` is null or takes what was stored, one entry for each piece, run after run.
 void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                       int threads, PreParamLargest* largest = nullptr);
+                       int threads, PreParamLargest<double>* largest = nullptr);
 
 // Whether the step would store a value that isn't finite (with any draw, if rounding is
 // stochastic), or g holds one. Writes nothing. Where `largest` bounds all that a piece could
 // become, of that piece only g is read.
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                                 int threads, const PreParamLargest* largest = nullptr);
+                                 int threads, const PreParamLargest<double>* largest = nullptr);
 
 // The kernels of one instruction set. They take checked pieces of at most kPreParamRun elements,
 // the first of which is a multiple of kPreParamRun.
 struct PreParamKernels {
   void (*step)(const PreParamStep&, const PreParamPiece*, int64_t count, int threads,
-               PreParamLargest*);
+               PreParamLargest<double>*);
   bool (*overflows)(const PreParamStep&, const PreParamPiece*, int64_t count, int threads,
-                    const PreParamLargest*);
+                    const PreParamLargest<double>*);
 };
 
 namespace baseline {

@@ -278,7 +278,7 @@ struct Kernel {
   }
 
   // What bounds the stored values; unknown if something wasn't finite.
-  static PreParamLargest largest(const Magnitudes& stored) {
+  static PreParamLargest<double> largest(const Magnitudes& stored) {
     if (!is_zero<Real>(stored.check)) return {__builtin_nan(""), __builtin_nan("")};
     return {largest_lane<Real>(bound<Rounding, PreParam, Real>(stored.pre_param)),
             largest_lane<Real>(bound<Rounding, PreParam, Real>(stored.momentum))};
@@ -286,7 +286,8 @@ struct Kernel {
 
   // Whether nothing that a step makes of so large a gradient can overflow, on the way or at the
   // end. Every term of these sums is a magnitude, and the factor covers their rounding.
-  static bool is_safe(const Constants<Real>& c, double grad, const PreParamLargest& largest) {
+  static bool is_safe(const Constants<Real>& c, double grad,
+                      const PreParamLargest<double>& largest) {
     const auto magnitude = [](Real x) { return static_cast<double>(x < 0 ? -x : x); };
     // A compensation is at most half an ulp of theta: 2^-8 of it in bfloat16.
     const double theta = largest.pre_param * (kCompensates ? 1 + 0x1p-8 : 1);
@@ -303,7 +304,7 @@ struct Kernel {
 
   // Whether only the gradient had to be read to see that the step doesn't overflow.
   static bool is_safe(const Constants<Real>& c, const PreParamRun& run,
-                      const PreParamLargest& largest) {
+                      const PreParamLargest<double>& largest) {
     const Param* grad = static_cast<const Param*>(run.grad);
     Vector<Real> most = {}, check = {};
     int64_t at = 0;
@@ -370,7 +371,7 @@ struct Kernel {
   }
 
   static void step_all(const PreParamStep& step, const PreParamPiece* pieces, int64_t count,
-                       int threads, PreParamLargest* stored) {
+                       int threads, PreParamLargest<double>* stored) {
     const Constants<Real> constants(step);
     const Rounding rounding(step);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
@@ -381,7 +382,7 @@ struct Kernel {
   }
 
   static bool any_overflows(const PreParamStep& step, const PreParamPiece* pieces, int64_t count,
-                            int threads, const PreParamLargest* known) {
+                            int threads, const PreParamLargest<double>* known) {
     const Constants<Real> constants(step);
     bool any = false;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(|| : any) if (threads > 1)
@@ -430,14 +431,14 @@ auto with_kernel(const PreParamStep& step, const PreParamPiece* pieces, Use use)
 }
 
 void step_all(const PreParamStep& step, const PreParamPiece* pieces, int64_t count, int threads,
-              PreParamLargest* stored) {
+              PreParamLargest<double>* stored) {
   if (count == 0) return;
   with_kernel(step, pieces,
               [&](auto kernel) { kernel.step_all(step, pieces, count, threads, stored); });
 }
 
 bool any_overflows(const PreParamStep& step, const PreParamPiece* pieces, int64_t count,
-                   int threads, const PreParamLargest* known) {
+                   int threads, const PreParamLargest<double>* known) {
   if (count == 0) return false;
   return with_kernel(step, pieces, [&](auto kernel) {
     return kernel.any_overflows(step, pieces, count, threads, known);

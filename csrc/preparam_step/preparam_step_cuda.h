@@ -29,6 +29,10 @@ struct PreParamDevice {
   const double* numbers;
   // A step does nothing if it holds anything but 0; the overflow kernel sets it to 1.
   float* found_inf;
+  // PreParamLargest of every block, launch after launch, in the type that is computed in. A step
+  // writes them; where they tell that nothing can overflow, the overflow kernel reads no more than
+  // g. They must be true, or hold NaN, when it runs.
+  void* largest;
 };
 
 // The numbers of a step in the type that it computes in; `fresh` is 1 - dampening.
@@ -54,14 +58,24 @@ struct PreParamArguments {
 // One launch: the tensors first .. first + tensors - 1 of a table without empty ones.
 struct PreParamLaunch {
   int64_t first;
+  int64_t first_block;  // of those of all launches
   int32_t tensors;
   bool large;
   unsigned grid;
 };
 
+// Whether large tables can be launched: the toolkit that built the library and the driver must both
+// know arguments above 4 KB. Without a driver launches are only described, as the library was
+// built.
+bool allows_large_tables();
+
 // Splits a table into launches. Throws Unsupported for tensors beyond 2^31 blocks.
-std::vector<PreParamLaunch> plan_preparam(const PreParamRun* runs, int64_t count,
-                                          bool allow_large = true);
+std::vector<PreParamLaunch> plan_preparam(const PreParamRun* runs, int64_t count, bool allow_large);
+
+// Dynamic shared memory of every kernel: largest magnitudes of each warp.
+template <class Real>
+constexpr size_t kPreParamShared = kPreParamThreads / 32 * sizeof(PreParamLargest<Real>);
+size_t shared_bytes(const PreParamStep& step);
 
 // Name of the kernel in the compiled code, such as ca3d_preparam_step_float16_float32_small or,
 // where rounding isn't to nearest, ca3d_preparam_step_float16_float16_stochastic_small.
@@ -101,6 +115,9 @@ PreParamArguments<Real, kTensors> arguments_of(const PreParamStep& step,
   PreParamArguments<Real, kTensors> a{};
   a.numbers = numbers_of<Real>(step);
   a.device = device;
+  if (device.largest) {
+    a.device.largest = static_cast<PreParamLargest<Real>*>(device.largest) + launch.first_block;
+  }
   a.seed = step.seed;
   a.steps = step.steps;
   a.nesterov = step.nesterov;

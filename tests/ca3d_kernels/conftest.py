@@ -1,6 +1,7 @@
 """One thread for everything but the kernels under test: tiny torch operations gain nothing from
 more, and wait long for them on a busy machine."""
 
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -17,8 +18,10 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The module `_cuda`, built once for the host."""
-    return build_module(tmp_path_factory.mktemp("cuda-emulation"))
+    """The module `_cuda`, built once for the host and all processes of the run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return build_module(folder / "cuda-emulation")
 
 
 @pytest.fixture

@@ -79,6 +79,29 @@ def test_demanded_backend_that_can_not_run(toy: dict, monkeypatch: pytest.Monkey
         chosen()
 
 
+def test_a_backend_without_a_kernel_of_the_op_leaves_it_to_the_next(
+    toy: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(backends._implementations["toy"], "cuda")
+    with use_backend("cuda"):
+        assert chosen() == "triton"
+        toy["triton"] = "not installed"
+        assert chosen() == "reference"
+    monkeypatch.setenv("CA3D_BACKEND", "cuda")
+    assert chosen() == "reference"
+    assert chosen("cpu") == "cpu"
+    with (
+        use_backend("cuda", fallback=False),
+        pytest.raises(ValueError, match="can't run toy on cuda tensors: cuda has no kernel for"),
+    ):
+        chosen()
+
+
+def test_devices_that_no_backend_serves(toy: dict) -> None:
+    with pytest.raises(ValueError, match="toy can't run on meta tensors, only on cpu, cuda"):
+        chosen("meta")
+
+
 def test_unknown_names(toy: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'gpu'"):
         chosen(argument="gpu")

@@ -10,7 +10,7 @@ import torch
 from ptx_runner import cuda_module, memory, needs_ptx_runner
 from torch import Tensor
 
-from ca3d_kernels import cuda, dump
+from ca3d_kernels import cuda, cuda_dump, dump
 from ca3d_kernels.local_attention import reference
 
 try:
@@ -30,9 +30,8 @@ def dumped(folder: Path, arch: str, **changes: str) -> list[dict[str, Any]]:
 def test_every_field_is_described(tmp_path: Path) -> None:
     attention = dumped(tmp_path, "sm_90", frames="4", edge="zero", published="true")
     step = dumped(tmp_path, "sm_90", small_tensors="3", large_tensors="1", momentum="0")
-    assert [about["op"] for about in attention + step] == ["local_attention"] * 2 + [
-        "preparam_step"
-    ] * 3
+    ops = [about["op"] for about in attention + step]
+    assert ops == ["local_attention"] * 2 + ["preparam_step"] * 4
     for about in attention + step:
         ptx = (tmp_path / about["ptx"]).read_text()
         assert (tmp_path / about["cubin"]).read_bytes()[:4] == b"\x7fELF"
@@ -49,7 +48,7 @@ def test_every_field_is_described(tmp_path: Path) -> None:
                 assert parameter["bytes"][start : start + 16] == "0" * 16
             else:
                 assert "value" in field or field["name"] == "table"
-    fields = {x["name"]: x for x in step[1]["parameters"][0]["fields"]}
+    fields = {x["name"]: x for x in step[2]["parameters"][0]["fields"]}
     assert fields["device.found_inf"]["shape"] == []
     assert fields["runs[2].param"]["shape"] == [256]
     assert fields["runs[2].momentum"]["value"] == 0
@@ -68,6 +67,36 @@ def test_other_architectures_are_assembled(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(dump, "SOURCES", [dump.cuda_kernels])
     (about, *_) = dumped(tmp_path, "sm_89", small_tensors="3", large_tensors="1")
     assert (tmp_path / about["cubin"]).read_bytes()[:4] == b"\x7fELF"
+
+
+class Built:
+    """What the library says that it was built for."""
+
+    __file__ = cuda.library().__file__
+
+    def __init__(self, architectures: str) -> None:
+        self.architectures = lambda: architectures
+
+
+@pytest.mark.parametrize(
+    ("arch", "chosen"), [("sm_75", 75), ("sm_80", 80), ("sm_90", 80), ("sm_120", 80)]
+)
+def test_the_newest_ptx_that_serves_a_gpu_is_dumped(
+    arch: str, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extract(name: str, *arguments: str, folder: str) -> str:
+        if "-xptx" in arguments:
+            for lowest in (75, 80):
+                Path(folder, f"preparam_step.sm_{lowest}.ptx").write_text(f"of {lowest}")
+        else:
+            Path(folder, f"preparam_step.{arch}.cubin").write_bytes(b"code")
+        return ""
+
+    monkeypatch.setattr(cuda_dump, "tool", extract)
+    built = Built("sm_75,compute_75,sm_80,sm_90,compute_80")
+    monkeypatch.setattr(cuda, "library", lambda: built)
+    found = cuda_dump.code.__wrapped__("preparam_step", arch)
+    assert found == (f"of {chosen}", b"code")
 
 
 def execute(about: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import tempfile
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,7 @@ from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.preparam_step.cpu import library_arguments
 from ca3d_kernels.preparam_step.op import Batch, ReferenceKernels
 from ca3d_kernels.preparam_step.reference import Hyperparameters
+from ca3d_kernels.preparam_step.remembered import unknown_largest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -155,9 +157,13 @@ def field(plan: dict, name: str) -> int:
     return int.from_bytes(parameter["bytes"][at : at + 4], "little")
 
 
-def step_batch(dtype: torch.dtype, wide: torch.dtype, rounding: str) -> Batch:
+SIZES = (5000, 3, 4096, 16)
+
+
+def step_batch(
+    dtype: torch.dtype, wide: torch.dtype, rounding: str, sizes: Sequence[int] = SIZES
+) -> Batch:
     torch.manual_seed(0)
-    sizes = (5000, 3, 4096, 16)
     w = [(torch.randn(n) * 0.1).to(dtype) for n in sizes]
     grads = [(torch.randn(n) * 0.1).to(dtype) for n in sizes]
     theta = [(x * 128).to(wide) for x in w]
@@ -201,52 +207,139 @@ def test_step(
     arch: int,
     emulated_library: ModuleType,
 ) -> None:
-    ours, reference = (step_batch(dtype, wide, rounding) for _ in range(2))
-    found = torch.zeros(())
-    tensors = [*ours.written(), *ours.grads, found]
-    states = 3 if rounding == "compensated" else 2
-    table, *rest = library_arguments(ours)
-    arguments = (np.frombuffer(array("q", table), np.int64), *rest, (0, found.data_ptr()))
-    for overflows in (True, False):
-        (plan,) = emulated_library.preparam_launches(*arguments, overflows)
-        moved = execute("preparam_step", arch, plan, tensors)
-        elements = sum(x.numel() for x in ours.params)
-        sizes = [x.element_size() for x in (ours.params[0], ours.pre_params[0])]
-        read = elements * (sizes[0] + states * sizes[1])
-        written = 0 if overflows else read
-        # Each thread reads found_inf, too.
-        assert moved["ld_bytes"] - 4 * 256 * plan["grid"][0] * (not overflows) <= 1.05 * read
-        assert moved["st_bytes"] == written
-        if overflows:
-            assert moved["ld_sectors"] * 32 <= 1.1 * moved["ld_bytes"]
-        else:
-            assert moved["st_sectors"] * 32 <= 1.1 * moved["st_bytes"]
-    assert found.item() == 0
+    ours, before, reference = (step_batch(dtype, wide, rounding) for _ in range(3))
     ReferenceKernels().step(reference)
+    found, largest = torch.zeros(()), unknown_largest(ours, emulated_library.PREPARAM_CHUNK)
+    tensors = [*ours.written(), *ours.grads, found, largest]
+    kept = 3 if rounding == "compensated" else 2
+    table, *rest = library_arguments(ours)
+    table = np.frombuffer(array("q", table), np.int64)
+    elements = sum(x.numel() for x in ours.params)
+    sizes = [x.element_size() for x in (ours.params[0], ours.pre_params[0])]
+    grads, both = elements * sizes[0], elements * (sizes[0] + kept * sizes[1])
+    # A search that knows nothing, a step, and a search after it, which reads only gradients.
+    steps = ((True, False, both), (False, True, both), (True, True, grads))
+    for order, (overflows, remembers, read) in itertools.product(ORDERS, steps):
+        addresses = (0, found.data_ptr(), remembers * largest.data_ptr())
+        (plan,) = emulated_library.preparam_launches(table, *rest, addresses, overflows)
+        moved = execute("preparam_step", arch, plan, tensors, order)
+        pair = 2 * largest.element_size()
+        if overflows:
+            # A lane of each warp reads a pair.
+            assert moved["ld_bytes"] - 8 * plan["grid"][0] * pair * remembers <= 1.05 * read
+            assert moved["ld_sectors"] * 32 <= 1.1 * moved["ld_bytes"]
+            assert moved["st_bytes"] == 0
+            assert found.item() == 0
+        else:
+            # Each thread reads found_inf.
+            assert moved["ld_bytes"] - 4 * 256 * plan["grid"][0] <= 1.05 * read
+            assert moved["st_sectors"] * 32 <= 1.1 * moved["st_bytes"]
+            assert moved["st_bytes"] == both + pair * plan["grid"][0]
+            for x, y in zip(ours.written(), reference.written(), strict=True):
+                assert_same_bits(x, y)
+        if overflows and remembers:
+            expected = [
+                max(x.abs().max().item() for x in state)
+                for state in (ours.pre_params, ours.momenta)
+            ]
+            assert largest.view(-1, 2).amax(0).tolist() == expected
+            largest.fill_(torch.nan)
+            for x, y in zip(ours.written(), before.written(), strict=True):
+                x.copy_(y)
+
+
+@pytest.mark.parametrize("arch", often(zip(ARCHITECTURES), lambda arch: arch == 90))
+def test_step_of_many_tensors(arch: int, emulated_library: ModuleType) -> None:
+    """The kernels whose tables are of up to 32 KB."""
+    half = torch.float16
+    ours, reference = (step_batch(half, half, "nearest", (7,) * 99 + (5000,)) for _ in range(2))
+    ReferenceKernels().step(reference)
+    found, largest = torch.zeros(()), unknown_largest(ours, emulated_library.PREPARAM_CHUNK)
+    tensors = [*ours.written(), *ours.grads, found, largest]
+    table, *rest = library_arguments(ours)
+    arguments = (np.frombuffer(array("q", table), np.int64), *rest)
+    for overflows in (True, False, True):
+        addresses = (0, found.data_ptr(), largest.data_ptr())
+        (plan,) = emulated_library.preparam_launches(*arguments, addresses, overflows)
+        assert plan["entry"].endswith("_large")
+        execute("preparam_step", arch, plan, tensors)
+        assert found.item() == 0
     for x, y in zip(ours.written(), reference.written(), strict=True):
         assert_same_bits(x, y)
+    ours.grads[98].fill_(torch.inf)
+    execute("preparam_step", arch, plan, tensors)
+    assert found.item() == 1
 
 
-@pytest.mark.parametrize("name", ["stage 2", "64 frames", "key table", "unaligned"])
-def test_no_races(name: str, emulated_library: ModuleType) -> None:
+@pytest.mark.parametrize("arch", often(zip(ARCHITECTURES), lambda arch: arch == 90))
+def test_overflows_are_told_once_a_warp(arch: int, emulated_library: ModuleType) -> None:
+    batch = step_batch(torch.float16, torch.float16, "nearest")
+    found = torch.zeros(())
+    tensors = [*batch.written(), *batch.grads, found]
+    table, *rest = library_arguments(batch)
+    arguments = (np.frombuffer(array("q", table), np.int64), *rest, (0, found.data_ptr(), 0))
+    (plan,) = emulated_library.preparam_launches(*arguments, True)
+    # Vectors of 8 elements: 5000 and 4096 take 8 + 4 and 8 warps, the small ones a warp each.
+    for overflows, warps in (([3], 1), ([0], 12), ([0, 1, 2, 3], 22)):
+        for x in batch.grads:
+            x.zero_()
+        for i in overflows:
+            batch.grads[i].fill_(torch.inf)
+        for order in ORDERS:
+            found.zero_()
+            moved = execute("preparam_step", arch, plan, tensors, order)
+            assert found.item() == 1
+            assert moved["st_bytes"] == 4 * warps
+
+
+def assert_no_races(op: str, arch: int, plan: dict, tensors: list[Tensor]) -> None:
+    """Runs a described launch on zeros under the thread sanitizer."""
+    (parameter,) = plan["parameters"]
+    copies, pointers = [], {}
+    for x in tensors:
+        address, size, _ = memory(x)
+        pointers[address] = np.zeros(size, np.uint8)
+    for place in parameter["fields"]:
+        at = place["offset"]
+        address = int.from_bytes(parameter["bytes"][at : at + 8], "little")
+        if place["type"].endswith("*") and address:
+            copies.append((pointers[address], at))
+    program = ptx_tool().Exe(spelled_out(ptx(op, arch)), only=plan["entry"], san="thread")
+    code, text = program.run(
+        plan["entry"], plan["grid"], plan["block"], [(parameter["bytes"], copies)],
+        dyn=plan["shared"],
+    )  # fmt: skip
+    assert code == 0, text
+    assert "ThreadSanitizer" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    often(
+        itertools.product(("stage 2", "64 frames", "key table", "unaligned"), ARCHITECTURES),
+        lambda name, arch: arch == 90,
+    ),
+)
+def test_no_races(name: str, arch: int, emulated_library: ModuleType) -> None:
     case = vary(PROBLEMS[name], dtype=torch.float16, lead=(1, 2))
     for plan, tensors, _ in launches(emulated_library, case)[0]:
-        (parameter,) = plan["parameters"]
-        copies, pointers = [], {}
-        for x in tensors:
-            address, size, _ = memory(x)
-            pointers[address] = np.zeros(size, np.uint8)
-        for place in parameter["fields"]:
-            if place["name"].endswith(".data"):
-                at = place["offset"]
-                address = int.from_bytes(parameter["bytes"][at : at + 8], "little")
-                copies.append((pointers[address], at))
-        program = ptx_tool().Exe(
-            spelled_out(ptx("local_attention", 90)), only=plan["entry"], san="thread"
-        )
-        code, text = program.run(
-            plan["entry"], plan["grid"], plan["block"], [(parameter["bytes"], copies)],
-            dyn=plan["shared"],
-        )  # fmt: skip
-        assert code == 0, text
-        assert "ThreadSanitizer" not in text
+        assert_no_races("local_attention", arch, plan, tensors)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "arch"),
+    often(
+        itertools.product(("nearest", "stochastic", "compensated"), ARCHITECTURES),
+        lambda rounding, arch: (rounding, arch) == ("nearest", 90),
+    ),
+)
+def test_no_races_in_a_step(rounding: str, arch: int, emulated_library: ModuleType) -> None:
+    batch = step_batch(torch.float16, torch.float16, rounding)
+    found, largest = torch.zeros(()), unknown_largest(batch, emulated_library.PREPARAM_CHUNK)
+    table, *rest = library_arguments(batch)
+    arguments = (np.frombuffer(array("q", table), np.int64), *rest)
+    for overflows in (True, False):
+        addresses = (0, found.data_ptr(), largest.data_ptr())
+        (plan,) = emulated_library.preparam_launches(*arguments, addresses, overflows)
+        tensors = [*batch.written(), *batch.grads, found, largest]
+        assert_no_races("preparam_step", arch, plan, tensors)

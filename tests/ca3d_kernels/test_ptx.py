@@ -1,8 +1,10 @@
 """The PTX that Triton makes of the kernels, run on the CPU: results, thread orders, traffic."""
 
 import importlib.util
+import re
 from typing import Any
 
+import ptx_runner
 import pytest
 import torch
 from attention_cases import assert_rounded
@@ -20,6 +22,7 @@ from ca3d_kernels import problems
 from ca3d_kernels.local_attention import triton as attention
 from ca3d_kernels.preparam_step import triton as step
 from ca3d_kernels.preparam_step.op import Batch, ReferenceKernels
+from ca3d_kernels.preparam_step.remembered import unknown_largest
 from ca3d_kernels.qkv_attention import reference as qkv_reference
 from ca3d_kernels.qkv_attention import triton as qkv
 from ca3d_kernels.temporal_block import reference as block_reference
@@ -166,7 +169,7 @@ def test_qkv_attention(name: str, arch: str) -> None:
         launches += qkv.backward_launches(grad, x, weight, bias, dx, options).launches
     share(launches)
     results = []
-    for order in ORDERS[:2]:
+    for order in ORDERS:
         for launch in launches:
             run(launch, arch, order)
         shares = [launches[-1].arguments.get(f"partial_{name}") for name in ("weight", "bias")]
@@ -174,7 +177,8 @@ def test_qkv_attention(name: str, arch: str) -> None:
         results.append([t.clone() for t in (o, dx, *totals)])
     # Without a kernel of the backward pass, or without a bias, the rest is not written.
     results = [result[: 1 if per_frame else 3 if bias is None else 4] for result in results]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
     def define(*operands: Tensor | None) -> list[Tensor]:
         *leaves, do = [None if t is None else t.clone().requires_grad_() for t in operands]
@@ -213,10 +217,10 @@ def test_temporal_block(name: str, arch: str) -> None:
     options = problems.options(values)
     launch = block.launch(operands[0], block.Weights(*operands[1:]), out, options)
     results = []
-    for order in ORDERS[:2]:
+    for order in ORDERS:
         run(launch, arch, order)
         results.append(out.clone())
-    assert torch.equal(*results)
+    assert all(torch.equal(x, results[0]) for x in results[1:])
     definition = options.definition()
     exact = block_reference.temporal_block(*(t.double() for t in operands), **definition)
     same = block_reference.temporal_block(*operands, **definition)
@@ -257,33 +261,84 @@ def test_preparam_step(dtype: str, rounding: str, arch: str) -> None:
     batch = shared_step({**values, "rounding": rounding})
     found = shared(torch.zeros(()))
     written = ("params", "pre_params", "momenta", "compensations")
-    expected = batch._replace(
-        **{name: [x.clone() for x in getattr(batch, name)] for name in written}
+    before, expected = (
+        batch._replace(**{name: [x.clone() for x in getattr(batch, name)] for name in written})
+        for _ in range(2)
     )
     ReferenceKernels().step(expected)
-    (search,), (launch,) = step.launches(batch, found, overflows=True), step.launches(batch, found)
+    largest = shared(unknown_largest(batch, step.CHUNK))
+    (search,) = step.launches(batch, found, overflows=True, largest=largest)
+    (launch,) = step.launches(batch, found, largest=largest)
     share([search, launch])
-    run(search, arch)
-    assert found.item() == 0
-    run(launch, arch)
-    for ours, theirs in zip(batch.written(), expected.written(), strict=True):
-        assert_same_bits(ours, theirs)
+    for order in ORDERS:
+        for ours, initial in zip(batch.written(), before.written(), strict=True):
+            ours.copy_(initial)
+        largest.fill_(torch.nan)
+        run(search, arch, order)
+        assert found.item() == 0
+        run(launch, arch, order)
+        assert largest.view(-1, 2).amax(0).tolist() == [
+            max(x.abs().max().item() for x in state) for state in (batch.pre_params, batch.momenta)
+        ]
+        run(search, arch, order)
+        assert found.item() == 0
+        for ours, theirs in zip(batch.written(), expected.written(), strict=True):
+            assert_same_bits(ours, theirs)
     # With a gradient that isn't finite, the search finds it and the step writes nothing.
     batch.grads[1][36] = torch.inf
-    before = [x.clone() for x in batch.params]
     run(search, arch)
     assert found.item() == 1
     run(launch, arch)
-    assert all(torch.equal(x, y) for x, y in zip(batch.params, before, strict=True))
+    for ours, theirs in zip(batch.params, expected.params, strict=True):
+        assert_same_bits(ours, theirs)
 
 
-def test_no_races() -> None:
+@pytest.mark.parametrize("arch", often(zip(ARCHS), lambda arch: arch == "sm_90"))
+def test_no_races(arch: str) -> None:
     values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 1, "heads": 3}
     q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
     options = problems.options(values)
-    assert races(attention.forward_launch(q, k, v, o, options), "sm_90") == ""
+    assert races(attention.forward_launch(q, k, v, o, options), arch) == ""
     backward = attention.backward_launch(grad, q, k, v, dq, dk, dv, options)
-    assert races(backward, "sm_90") == ""
+    assert races(backward, arch) == ""
+
+
+# The step's programs reach tensors through addresses in a table, which the sanitized program has
+# no copies of; its threads share nothing but sums.
+@pytest.mark.parametrize(
+    ("op", "published", "arch"),
+    often(
+        [
+            (op, published, arch)
+            for op, published in (
+                ("qkv_attention", False),
+                ("qkv_attention", True),
+                ("temporal_block", False),
+            )
+            for arch in ARCHS
+        ],
+        lambda *case: False,
+    ),
+)
+def test_no_races_in_fused_kernels(op: str, published: bool, arch: str) -> None:
+    sizes = {"batch": 1, "positions": 5, "heads": 4 if published else 2}
+    changes = {**sizes, **(PUBLISHED if published else {})}
+    case = problems.Case(op, "", {**problems.DEFAULTS[op], **changes})
+    for launch in problems.launches(case, arch, "cpu"):
+        found = races(launch, arch, replicated_stores=True)
+        assert found == "", launch.kernel.__name__
+
+
+@pytest.mark.exhaustive
+def test_dropped_barriers_are_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ptx_runner.spelled_out
+    monkeypatch.setattr(
+        ptx_runner, "spelled_out", lambda ptx: re.sub(r"bar\.sync\s+0;", "", whole(ptx))
+    )
+    sizes = {"batch": 1, "positions": 5, "heads": 2}
+    case = problems.Case("qkv_attention", "", {**problems.DEFAULTS["qkv_attention"], **sizes})
+    for launch in problems.launches(case, "sm_90", "cpu"):
+        assert "data race" in races(launch, "sm_90", replicated_stores=True)
 
 
 @pytest.mark.parametrize("frames", [8, 64])
@@ -324,9 +379,16 @@ def test_traffic_of_the_step(wide: str) -> None:
     batch = shared_step({**values, "large_size": 16384, "pre_param_dtype": wide})
     found = shared(torch.zeros(()))
     size = batch.pre_params[0].element_size()
-    for overflows, per_element in ((True, 2 + 2 * size), (False, 4 + 4 * size)):
-        (launch,) = step.launches(batch, found, overflows=overflows)
+    largest = shared(torch.zeros(8))
+    for overflows, remembered, least in (
+        (True, None, 2 + 2 * size),
+        (False, largest, 4 + 4 * size),
+        (True, largest, 2),
+    ):
+        (launch,) = step.launches(batch, found, overflows=overflows, largest=remembered)
         share([launch])
-        # Not bytes: a number that all threads read is one sector, but counted once a thread.
+        # Not bytes: a number that all threads read is one sector, but counted once a thread. A warp
+        # reads ten such numbers, from the first-level cache but once; beside 2 bytes an element
+        # they count.
         traffic = run(launch, "sm_90")
-        assert 32 * traffic.sectors <= 1.1 * per_element * 16384
+        assert 32 * traffic.sectors <= (1.1 if least > 2 else 1.25) * least * 16384

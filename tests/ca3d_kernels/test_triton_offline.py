@@ -1,6 +1,7 @@
 """Triton kernels, compiled for GPUs that aren't here: spills, widths of accesses, dumps."""
 
 import importlib.util
+import itertools
 import json
 import re
 from pathlib import Path
@@ -61,11 +62,19 @@ def test_stage_1_and_the_step(case: Case, arch: str) -> None:
     check(case, arch)
 
 
+# The first two everywhere, the others where registers are scarcest.
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in ("sm_75", "sm_90")])
-@pytest.mark.parametrize("case", QUICK[:2], ids=lambda case: f"{case.op}, {case.name}")
-def test_stage_1_elsewhere(case: Case, arch: str) -> None:
-    check(case, arch)
+@pytest.mark.parametrize(
+    ("number", "arch"),
+    often(
+        itertools.product(
+            range(len(QUICK)), [arch for arch in ARCHS if arch not in ("sm_75", "sm_90")]
+        ),
+        lambda number, arch: number < 2 or arch == "sm_120",
+    ),
+)
+def test_stage_1_elsewhere(number: int, arch: str) -> None:
+    check(QUICK[number], arch)
 
 
 @pytest.mark.slow
@@ -133,6 +142,16 @@ def test_dump_describes_every_parameter(tmp_path: Path, capsys: pytest.CaptureFi
             assert sum(by_name["key_counts"]["contents"]) == 4 * 5
         assert about["block"][0] % 32 == 0
         assert f".reqntid {about['block'][0]}" in ptx
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.op}, {case.name}")
+def test_meanings_are_those_of_the_parameters(case: Case) -> None:
+    for launch in problems.launches(case, "sm_90"):
+        described = dump.describe(launch, signature(launch))
+        for parameter in described:
+            name = parameter["name"]
+            is_stride = name.rpartition("_")[0] in launch.arguments and "value" in parameter
+            assert parameter["meaning"].startswith("stride of ") == is_stride, parameter
 
 
 def test_other_sources_are_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

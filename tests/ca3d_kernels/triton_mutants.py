@@ -1,6 +1,6 @@
 """Mistakes in the Triton kernels that the parity checks must notice.
 
-Not collected by itself: `test_triton_interpreter.py` runs it in a process of its own, with Triton's
+Not collected by itself: `test_triton_mutants.py` runs it in a process of its own, with Triton's
 interpreter. Each mistake is made in a copy of the kernels' file, which then takes their place.
 """
 
@@ -125,7 +125,7 @@ MUTANTS = {
         ATTENTION, "(own < OWNED + MET_BACK)", "(own < OWNED)", LONG
     ),
     "the second half of the keys forgotten": Mutant(
-        ATTENTION, "lower += _weighted_sum(right, x,", "upper += _weighted_sum(right, x,", LONG
+        ATTENTION, "lower += weighted_sum(right, x,", "upper += weighted_sum(right, x,", LONG
     ),
     "fused: bias of the queries for the keys": Mutant(
         QKV, "b_k = tl.load(at + HEAD_DIM).to", "b_k = tl.load(at).to", FUSED

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import attempt, run, tool
-from cuda_emulation import ORDERS, ROOT, build_objects, compile_objects, link_program
+from cuda_emulation import EMULATION, ORDERS, ROOT, build_objects, compile_objects, link_program
 from exhaustive import often
 
 CSRC = ROOT / "csrc"
@@ -15,6 +15,9 @@ BOUNDS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RACES = ("-fsanitize=thread",)
 
 Objects = Mapping[str, Path]
+
+# The first test of each sanitizer waits for its build.
+pytestmark = pytest.mark.timeout(1800)
 
 x86_only = pytest.mark.skipif(os.uname().machine != "x86_64", reason="fibers of ThreadSanitizer")
 
@@ -40,6 +43,7 @@ def run_races(objects: Objects, folder: Path) -> tuple[int, str]:
     return attempt(tool("setarch"), "-R", program, TSAN_OPTIONS="halt_on_error=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["attention", "preparam"])
 def test_no_access_out_of_bounds_in_any_order(op: str, bounds: Objects, tmp_path: Path) -> None:
     status, output = run_parity(op, bounds, tmp_path)
@@ -48,6 +52,7 @@ def test_no_access_out_of_bounds_in_any_order(op: str, bounds: Objects, tmp_path
 
 
 @x86_only
+@pytest.mark.slow
 def test_no_races(races: Objects, tmp_path: Path) -> None:
     status, output = run_races(races, tmp_path)
     assert status == 0, output
@@ -117,46 +122,55 @@ MUTANTS = {
         "if (a.first_block[middle] < blockIdx.x)",
         "preparam",
     ),
+    "no barrier before the largest of a block": (
+        STEP,
+        "= momentum;\n    }\n    __syncthreads();\n",
+        "= momentum;\n    }\n",
+        "races",
+    ),
+    "vote only of some": (
+        STEP,
+        "__any_sync(kWholeWarp, !finite) && threadIdx.x % 32 == 0",
+        "!finite && __any_sync(kWholeWarp, true) && threadIdx.x % 32 == 0",
+        "preparam",
+    ),
+    "vote forgotten": (
+        STEP,
+        "__any_sync(kWholeWarp, !finite) && threadIdx.x % 32 == 0",
+        "!finite && threadIdx.x % 32 == 0",
+        "preparam",
+    ),
 }
-QUICK = ("no barrier before gathering", "one vector of a chunk too many")
+IN_EVERY_RUN = (
+    "no barrier before gathering",
+    "window one frame too short",
+    "one vector of a chunk too many",
+)
 
 
-def notice(name: str, request: pytest.FixtureRequest, folder: Path) -> None:
+@x86_only
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", often([(name,) for name in MUTANTS], lambda name: name in IN_EVERY_RUN)
+)
+def test_mistakes_are_noticed(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     file, right, wrong, by = MUTANTS[name]
-    csrc = folder / "csrc"
+    csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     text = (csrc / file).read_text()
     assert text.count(right) == 1, f"{name}: the text is no longer there"
     (csrc / file).write_text(text.replace(right, wrong))
     flags = RACES if by == "races" else BOUNDS
     kernel = STEP if file == STEP else ATTENTION
-    (mutant,) = compile_objects(folder, [kernel], "-O1", "-g", *flags, csrc=csrc)
+    (mutant,) = compile_objects(tmp_path, [kernel], "-O1", "-g", *flags, csrc=csrc)
     objects = {**request.getfixturevalue("races" if by == "races" else "bounds"), kernel: mutant}
     if by == "races":
-        status, output = run_races(objects, folder)
+        status, output = run_races(objects, tmp_path)
     else:
-        status, output = run_parity(by, objects, folder)
+        status, output = run_parity(by, objects, tmp_path)
     assert status != 0, f"{name} went unnoticed:\n{output}"
     expected = ("data race",) if by == "races" else ("FAILED", "Sanitizer", "emulation:", "runtime")
     assert any(word in output for word in expected), output
-
-
-@x86_only
-@pytest.mark.parametrize("name", QUICK)
-def test_mistakes_are_noticed(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    notice(name, request, tmp_path)
-
-
-@x86_only
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    often([(name,) for name in sorted(set(MUTANTS) - set(QUICK))], lambda name: "window" in name),
-)
-def test_more_mistakes_are_noticed(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    notice(name, request, tmp_path)
 
 
 EMULATED = """
@@ -164,7 +178,10 @@ EMULATED = """
 struct Nothing {};
 void kernel(Nothing) { %s }
 int main() {
-  ca3d::launch(kernel, 1, 64, 64, nullptr, Nothing());
+  for (int order = 0; order < emulation::kOrders; ++order) {
+    emulation::set_order(order);
+    ca3d::launch(kernel, 1, 64, 64, nullptr, Nothing());
+  }
 }
 """
 
@@ -179,14 +196,49 @@ int main() {
         ),
         ("if (threadIdx.x % 2) __syncwarp();", "deadlock"),
         ("(void)__shfl_xor_sync(1u << threadIdx.x % 32, 1.0f, 1);", "outside its mask"),
+        ("if (threadIdx.x % 2) (void)__any_sync(0xffffffffu, true);", "deadlock"),
+        ("(void)__any_sync(0x55555555u, true);", "not in its own mask"),
     ],
 )
 def test_the_emulation_notices_bad_synchronisation(body: str, words: str, tmp_path: Path) -> None:
-    source = tmp_path / "kernel.cpp"
-    source.write_text(EMULATED % body)
-    emulation = ROOT / "tests/cuda_emulation/emulation.h"
-    program = tmp_path / "kernel"
-    run(tool("g++"), "-std=c++17", f"-I{CSRC}", "-include", emulation, source, "-o", program)
-    status, output = attempt(program)
+    status, output = emulate(body, tmp_path)
     assert status != 0
     assert words in output
+
+
+def emulate(body: str, folder: Path, *flags: str) -> tuple[int, str]:
+    """Runs a kernel in two warps, in every order of threads."""
+    source, program = folder / "kernel.cpp", folder / "kernel"
+    source.write_text(EMULATED % body)
+    options = ("-std=c++17", *flags, f"-I{CSRC}", "-include", EMULATION)
+    run(tool("g++"), *options, source, "-o", program)
+    return attempt(tool("setarch"), "-R", program)
+
+
+# Many votes in a row, of which every lane decides some, and only its own warp sees them.
+VOTES = """
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (unsigned i = 0; i < 200; ++i) {
+    const bool mine = i % 40 == lane && warp == i % 2, expected = i % 40 < 32 && warp == i % 2;
+    if (__any_sync(0xffffffffu, mine) != expected) emulation::fail("a wrong vote");
+  }
+"""
+
+
+@x86_only
+@pytest.mark.parametrize("flags", [(), RACES], ids=["plain", "races"])
+def test_votes_are_those_of_the_warp(flags: tuple[str, ...], tmp_path: Path) -> None:
+    status, output = emulate(VOTES, tmp_path, "-g", *flags)
+    assert status == 0, output
+
+
+@x86_only
+def test_votes_order_no_memory(tmp_path: Path) -> None:
+    body = """
+      static int written;
+      if (threadIdx.x == 0) written = 1;
+      (void)__any_sync(0xffffffffu, true);
+      if (threadIdx.x == 1 && written == 0) emulation::fail("not yet");
+    """
+    _, output = emulate(body, tmp_path, "-g", *RACES)
+    assert "data race" in output

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from commands import run, tool
-from exhaustive import often
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -131,11 +130,10 @@ def test_the_check_notices_shared_functions(tmp_path: Path) -> None:
         test_kernels_share_no_function_with_other_instruction_sets(source, "avx512", tmp_path)
 
 
-# `test_sanitized_library.py` has the others under the sanitizers too.
+# `test_sanitized_library.py` has all of them under the sanitizers in every full run.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "op", often([(op,) for op in PARITY], lambda op: op in ("temporal_block", "folded_conv"))
-)
+@pytest.mark.exhaustive
+@each_op
 def test_kernels_under_sanitizers(op: str, tmp_path: Path) -> None:
     isas = X86_ISAS if native_machine == "x86_64" else ARM_ISAS
     program = build_parity(op, tmp_path, tool("g++"), isas, "-O1", *SANITIZE)

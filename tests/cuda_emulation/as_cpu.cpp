@@ -54,16 +54,16 @@ void local_attention_backward(const LocalAttentionProblem& problem, const Stride
 }
 
 void preparam_sgd_step(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                       int /*threads*/, PreParamLargest* /*largest*/) {
+                       int /*threads*/, PreParamLargest<double>* /*largest*/) {
   check(step, runs, count);
   run_preparam_step(step, runs, count, {}, 0, nullptr);
 }
 
 bool preparam_sgd_step_overflows(const PreParamStep& step, const PreParamRun* runs, int64_t count,
-                                 int /*threads*/, const PreParamLargest* /*largest*/) {
+                                 int /*threads*/, const PreParamLargest<double>* /*largest*/) {
   check(step, runs, count);
   float found_inf = 0;
-  run_preparam_overflows(step, runs, count, {nullptr, &found_inf}, 0, nullptr);
+  run_preparam_overflows(step, runs, count, {nullptr, &found_inf, nullptr}, 0, nullptr);
   return found_inf != 0;
 }
 

@@ -6,14 +6,19 @@
 // - Threads of a block run in one of four orders (set_order). A result that depends on it is wrong.
 // - Shared memory is filled with NaN before every block; its end is the end of an allocation.
 // - A barrier that some threads of the block never reach, or reach at another line, is an error; so
-//   is a shuffle that its lanes don't reach together, or one that reads a lane outside its mask.
-// - Under ThreadSanitizer every pair of accesses that no barrier orders is a data race, also
-// between
-//   blocks. Shuffles order nothing, __syncwarp does.
+//   is a shuffle or vote that its lanes don't reach together, or a shuffle that reads a lane
+//   outside its mask.
+// - Under ThreadSanitizer every pair of accesses that no barrier orders is a data race, in two
+//   blocks too. Shuffles and votes order nothing, __syncwarp does.
+// - An argument above 4 KB needs a driver of CUDA 12.1: CA3D_EMULATED_DRIVER=12000 is an older one.
 // - Under AddressSanitizer fibers have stacks of their own, and switches are announced.
 #pragma once
 
 #define CA3D_CUDA_EMULATION 1
+// Of the toolkit, as its headers have it.
+#ifndef CUDART_VERSION
+#define CUDART_VERSION 13000
+#endif
 
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -163,6 +168,7 @@ struct State {
   Warp* warps = nullptr;
   Meeting barrier;
   unsigned live = 0;
+  unsigned atomics = 0;
   unsigned char* shared = nullptr;
   std::function<void()> body;
   Context main;
@@ -263,31 +269,47 @@ CA3D_UNSEEN inline void block_barrier(int line) {
   meet(state.barrier, state.block.x, line, true);
 }
 
-// All lanes of a mask hand in a value; returns what the lane `from` did.
-CA3D_UNSEEN inline uint64_t exchange(uint32_t mask, uint64_t value, unsigned from, int line,
-                                     bool orders_memory) {
+// All lanes of a mask hand in a value; returns what each lane did.
+CA3D_UNSEEN inline const uint64_t* exchange(uint32_t mask, uint64_t value, int line,
+                                            bool orders_memory) {
   Warp& warp = state.warps[state.thread_index / 32];
   const unsigned lane = state.thread_index % 32;
   if (!(mask >> lane & 1)) fail("a lane is not in its own mask");
-  if (!(mask >> from & 1)) fail("a shuffle reads a lane outside its mask");
   if (warp.meeting.arrived == 0) warp.mask = mask;
   if (warp.mask != mask) fail("lanes meet with different masks");
   const unsigned turn = warp.meeting.generation & 1;
   warp.value[turn][lane] = value;
   meet(warp.meeting, static_cast<unsigned>(__builtin_popcount(mask)), line, orders_memory);
-  return warp.value[turn][from];
+  return warp.value[turn];
 }
 
 template <class T>
 CA3D_UNSEEN T shuffle(uint32_t mask, T x, unsigned from, int line) {
   static_assert(sizeof(T) <= 8 && std::is_arithmetic<T>::value, "a number");
+  if (!(mask >> from & 1)) fail("a shuffle reads a lane outside its mask");
   union {
     T x;
     uint64_t bits;
   } in{}, out{};
   in.x = x;
-  out.bits = exchange(mask, in.bits, from, line, false);
+  out.bits = exchange(mask, in.bits, line, false)[from];
   return out.x;
+}
+
+// Whether any lane of a mask hands in true.
+CA3D_UNSEEN inline bool any(uint32_t mask, bool x, int line) {
+  const uint64_t* const all = exchange(mask, x, line, false);
+  bool found = false;
+  for (unsigned lane = 0; lane < 32; ++lane) found = found || (mask >> lane & 1 && all[lane]);
+  return found;
+}
+
+CA3D_UNSEEN inline void count_atomic() {
+  ++state.atomics;
+}
+// Atomic operations of the last launch.
+inline unsigned atomics() {
+  return state.atomics;
 }
 
 // ---- launches ----
@@ -374,6 +396,7 @@ inline void run(unsigned grid, unsigned block, size_t shared_bytes, std::functio
   if (block == 0 || block > 1024 || block % 32 != 0) fail("a block of a wrong size");
   if (grid == 0 || grid > 0x7fffffffu) fail("an empty grid");
   state.grid = {grid, 1, 1};
+  state.atomics = 0;
   if (shared_bytes > (48 << 10)) fail("more than 48 KB of shared memory");
   state.block = {block, 1, 1};
   std::vector<Thread> threads(block);
@@ -414,8 +437,8 @@ inline void set_order(int order) {
 #define gridDim (dim3{::emulation::grid_size(), 1, 1})
 #define CA3D_DYNAMIC_SHARED(name) unsigned char* const name = ::emulation::shared_memory()
 #define __syncthreads() ::emulation::block_barrier(__LINE__)
-#define __syncwarp() \
-  ((void)::emulation::exchange(0xffffffffu, 0, ::emulation::thread_index() % 32, __LINE__, true))
+#define __syncwarp() ((void)::emulation::exchange(0xffffffffu, 0, __LINE__, true))
+#define __any_sync(mask, x) ::emulation::any(mask, x, __LINE__)
 #define __shfl_xor_sync(mask, x, step) \
   ::emulation::shuffle(mask, x, (::emulation::thread_index() % 32) ^ (step), __LINE__)
 
@@ -444,11 +467,23 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+inline long long __double_as_longlong(double x) {
+  long long bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 using std::isfinite;
 using std::max;
 using std::min;
 
 inline float atomicExch(float* at, float x) {
+  emulation::count_atomic();
   float before;
   __atomic_exchange(at, &x, &before, __ATOMIC_RELAXED);
   return before;
@@ -470,11 +505,12 @@ inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = 13000;
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 13000;
+  const char* const chosen = std::getenv("CA3D_EMULATED_DRIVER");
+  *version = chosen ? std::atoi(chosen) : CUDART_VERSION;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) {
@@ -510,10 +546,16 @@ inline BFloat16 to_bfloat16(float x) {
 }
 
 template <class Argument>
-void launch(void (*kernel)(Argument), unsigned grid, unsigned block, size_t shared, cudaStream_t,
-            Argument argument) {
+cudaError_t launch(void (*kernel)(Argument), unsigned grid, unsigned block, size_t shared,
+                   cudaStream_t, Argument argument) {
+  int driver = 0;
+  (void)cudaDriverGetVersion(&driver);
+  if (sizeof argument > 4096 && driver < 12010) {
+    emulation::fail("an argument above 4 KB, which this driver does not take");
+  }
   // A kernel gets its argument by reference to constant memory, not a copy per thread.
   emulation::run(grid, block, shared, [&] { kernel(argument); });
+  return cudaSuccess;
 }
 
 }  // namespace ca3d

@@ -2,6 +2,7 @@
 // microseconds. Prints the number of blocks of each launch.
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 #include "common/dtype_info.h"
@@ -60,10 +61,19 @@ void step(int tensors, int64_t count, ca3d::Rounding rounding) {
                     memory[i + 3].data(), compensated ? memory[i + 4].data() : nullptr, count, 0});
   }
   memory[1][0] = 0x7c00;  // infinity
-  float found_inf = 0;
-  run_preparam_overflows(options, runs.data(), tensors, {nullptr, &found_inf}, 0, nullptr);
+  float found_inf = 0, none = 0;
+  const int64_t blocks = tensors * ((count - 1) / ca3d::kPreParamChunk + 1);
+  std::vector<ca3d::PreParamLargest<float>> largest(static_cast<size_t>(blocks));
+  run_preparam_overflows(options, runs.data(), tensors, {nullptr, &found_inf, nullptr}, 0, nullptr);
   run_preparam_step(options, runs.data(), tensors, {}, 0, nullptr);
-  std::printf("preparam_step: %d tensors, found_inf %g\n", tensors, found_inf);
+  // Overwrites the infinity that the step before has left.
+  std::memset(memory[2].data(), 0, memory[2].size() * 2);
+  std::memset(memory[3].data(), 0, memory[3].size() * 2);
+  memory[1][0] = 0;
+  run_preparam_step(options, runs.data(), tensors, {nullptr, &none, largest.data()}, 0, nullptr);
+  run_preparam_overflows(options, runs.data(), tensors, {nullptr, &none, largest.data()}, 0,
+                         nullptr);
+  std::printf("preparam_step: %d tensors, found_inf %g, then %g\n", tensors, found_inf, none);
 }
 
 }  // namespace

@@ -278,16 +278,21 @@ def compare(
     yield from zip(names, results, define(problem, *inputs), exact, strict=True)
 
 
+def assert_close(name: str, ours: Tensor, same_dtype: Tensor, exact: Tensor | np.ndarray) -> None:
+    """The error is at most twice that of plain torch in the same dtype plus two roundings of the
+    largest value."""
+    error, torch_error, largest = errors(ours, same_dtype, exact)
+    limit = 2 * torch_error + 2 * torch.finfo(ours.dtype).eps * largest
+    assert error <= limit, f"{name}: error {error:.3g}, allowed {limit:.3g}"
+
+
 def check(problem: Problem, backend: str) -> None:
     """Runs a problem, forward and backward, and holds the results to the project's policy.
 
-    The error is at most twice that of plain torch in the same dtype plus two roundings of the
-    largest value; half precision also passes `assert_rounded`.
+    They pass `assert_close`, and in half precision also `assert_rounded`.
     """
     for name, ours, same_dtype, exact in compare(problem, backend):
-        error, torch_error, largest = errors(ours, same_dtype, exact)
-        limit = 2 * torch_error + 2 * torch.finfo(ours.dtype).eps * largest
-        assert error <= limit, f"{name}: error {error:.3g}, allowed {limit:.3g}"
+        assert_close(name, ours, same_dtype, exact)
         if problem.dtype in (torch.float16, torch.bfloat16):
             assert_rounded(name, ours, exact)
 

@@ -30,6 +30,8 @@ class Case:
     table: str = "own"
     scale: float | None = None
     sliced: bool = False
+    # Of every query with every key; None draws them.
+    logit: float | None = None
 
     def options(self) -> dict[str, Any]:
         rows = None
@@ -50,6 +52,11 @@ class Case:
         for name, shape in shapes.items():
             spread = shape[-2] ** -0.5 if name.endswith("weight") else 1
             operands.append(torch.randn(shape) * spread)
+        if self.logit is not None:
+            weight, bias = operands[1:3]
+            weight[..., : 2 * self.head_dim] = 0
+            bias[..., : self.head_dim] = 4
+            bias[..., self.head_dim : 2 * self.head_dim] = self.logit / (4 * self.head_dim**0.5)
         return [t.to(dtype).to(device) for t in operands]
 
     def __str__(self) -> str:
@@ -69,6 +76,10 @@ CASES = (
     Case(batch=1, positions=70, frames=6, heads=1, head_dim=16, blocks=1),
     Case(sliced=True, blocks=0),
     Case(frames=27, head_dim=32, heads=1, positions=3, blocks=1, scale=-0.3),
+    # Exponentials of these leave float32.
+    Case(head_dim=16, blocks=1, logit=-120.0),
+    Case(head_dim=16, blocks=1, logit=-120.0, edge="zero"),
+    Case(head_dim=16, blocks=1, logit=120.0),
 )
 # Not for the Triton kernel.
 MORE_CASES = (

@@ -1,6 +1,7 @@
 """Builds the CUDA sources for the host, and lets the ops run them on CPU tensors."""
 
 import contextlib
+import fcntl
 import importlib.util
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,18 +59,28 @@ def compile_objects(
 
 
 def build_module(folder: Path) -> ModuleType:
-    """The module `_cuda` with the kernels emulated."""
-    pybind11 = pytest.importorskip("pybind11")
-    include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
-    objects = compile_objects(folder, (*KERNELS, *HOST), "-O2", "-fvisibility=hidden", *include)
+    """The module `_cuda` with the kernels emulated; one process builds it for all."""
+    folder.mkdir(exist_ok=True)
     library = folder / "_cuda.so"
-    run(tool("g++"), "-shared", *objects, "-o", library)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build_module(folder, library)
     spec = importlib.util.spec_from_file_location("_cuda", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _build_module(folder: Path, library: Path) -> None:
+    pybind11 = pytest.importorskip("pybind11")
+    include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+    objects = compile_objects(folder, (*KERNELS, *HOST), "-O2", "-fvisibility=hidden", *include)
+    linked = folder / "linked.so"
+    run(tool("g++"), "-shared", *objects, "-o", linked)
+    linked.rename(library)
 
 
 @contextlib.contextmanager
@@ -97,7 +108,7 @@ def registered(module: ModuleType) -> Iterator[None]:
 
 def build_objects(folder: Path, *flags: str) -> dict[str, Path]:
     """Source -> object file of the kernels and their plans, and of what runs them in programs."""
-    host = [x for x in HOST if x not in ("cuda_bindings.cpp", "common/cuda_device.cpp")]
+    host = [x for x in HOST if x != "cuda_bindings.cpp"]
     sources = [*KERNELS, *host, *(str(path) for path in PROGRAMS.values())]
     options = ("-O1", "-g", f"-I{ROOT / 'tests/native'}", *flags)
     return dict(zip(sources, compile_objects(folder, sources, *options), strict=True))

@@ -29,6 +29,8 @@ class Case:
     table: str = "own"
     scale: float | None = None
     sliced: bool = False
+    # Of every query with every key; None draws them.
+    logit: float | None = None
 
     def options(self, backend: str) -> Options:
         rows = None
@@ -56,7 +58,12 @@ class Case:
             x = torch.cat((x, x), -2)[:, :, : self.positions]
         weight = torch.randn(self.heads, 3 * self.head_dim, self.head_dim) * self.head_dim**-0.5
         per_frame = (self.frames,) if self.bias == "frame" else ()
-        bias = torch.randn(self.heads, *per_frame, 3 * self.head_dim).to(dtype).to(device)
+        bias = torch.randn(self.heads, *per_frame, 3 * self.head_dim)
+        if self.logit is not None:
+            weight[:, : 2 * self.head_dim] = 0
+            bias[..., : self.head_dim] = 4
+            bias[..., self.head_dim : 2 * self.head_dim] = self.logit / (4 * self.head_dim**0.5)
+        bias = bias.to(dtype).to(device)
         return x, weight.to(dtype).to(device), None if self.bias == "none" else bias, grad
 
     def __str__(self) -> str:
@@ -86,6 +93,11 @@ CASES = (
     Case(heads=3, frames=7, edge="zero", table="random", head_dim=32, bias="none", sliced=True),
     Case(heads=2, frames=1, edge="zero", table="random", head_dim=16, kernel_size=4),
     Case(heads=5, frames=3, edge="zero", table="published", head_dim=16, kernel_size=9),
+    # Exponentials of these leave float32.
+    Case(head_dim=16, logit=-120.0),
+    Case(head_dim=16, logit=120.0),
+    Case(head_dim=16, logit=-120.0, edge="zero"),
+    Case(head_dim=16, logit=-120.0, edge="zero", table="published"),
 )
 
 

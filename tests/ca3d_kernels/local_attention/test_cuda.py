@@ -161,6 +161,26 @@ def test_ordinary_problems_are_staged(emulated_library: ModuleType) -> None:
             assert plan["grid"] == (blocks, 1, 1)
 
 
+@pytest.mark.parametrize("dilation", [1, 2, 3, 7, 8, 9, 2**40 - 1])
+@pytest.mark.parametrize("frames", [1, 2, 8, 9, 63])
+def test_lengths_of_the_sequences(frames: int, dilation: int, emulated_library: ModuleType) -> None:
+    plan = launch(emulated_library, (1, 2, 2, frames, 64), window=(3, dilation, 0, 0))
+    phases = field(plan, "phases.divisor")
+    longest, full = field(plan, "longest"), field(plan, "full_phases")
+    lengths = [longest - (phase >= full) for phase in range(phases)]
+    assert lengths == [len(range(phase, frames, dilation)) for phase in range(phases)]
+    assert sum(lengths) == frames
+
+
+@pytest.mark.parametrize("head_dim", [1, 3, 8, 16, 20, 33, 64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_lanes_are_a_power_of_two(dtype: str, head_dim: int, emulated_library: ModuleType) -> None:
+    plan = launch(emulated_library, (1, 2, 2, 4, head_dim), dtype=dtype)
+    lanes = field(plan, "lanes")
+    assert lanes == 1 << field(plan, "lane_shift")
+    assert lanes <= 32
+
+
 def test_large_problems_need_only_grid_x(emulated_library: ModuleType) -> None:
     # Beyond 2^31 elements, and 80,000 sequences of length 16.
     plan = launch(emulated_library, (1, 80_000, 8, 16, 128))

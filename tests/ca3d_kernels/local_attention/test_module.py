@@ -298,6 +298,8 @@ def test_repr_names_what_is_not_default() -> None:
         ({"preset": "published", "edge": "shift"}, ValueError, "preset='published' sets edge"),
         ({"preset": "published", "scale": 1.0}, ValueError, "preset='published' sets edge"),
         ({"preset": "published", "dilation": 2}, ValueError, "key_table needs"),
+        ({"bias": "no"}, TypeError, "bias must be a bool, got 'no'"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be a floating-point one or None"),
         ({"dropout": 1.5}, ValueError, "dropout must be in 0 to 1, got 1.5"),
         ({"dropout": math.nan}, ValueError, "dropout must be in 0 to 1, got nan"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),

@@ -10,6 +10,7 @@ from attention_cases import (
     PARAMETERS,
     Problem,
     allowed,
+    assert_close,
     backends_here,
     check,
     operands,
@@ -130,6 +131,39 @@ def test_large_logits_do_not_overflow(dtype: torch.dtype, backend: str) -> None:
     output = local_temporal_attention(q, q, v, kernel_size=3, scale=1.0, backend=backend)
     expected = torch.tensor([0.5, 1, 2, 3, 4, 4.5], dtype=dtype)
     assert torch.equal(output[0, 1, :, 7], expected)
+
+
+def with_gradients(backend: str, edge: str, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients of q, k and v for windows of 3; the last input is the output's."""
+    *operands, grad = inputs
+    leaves = [x.clone().requires_grad_() for x in operands]
+    output = local_temporal_attention(*leaves, kernel_size=3, edge=edge, backend=backend)
+    gradients = torch.autograd.grad(output, leaves, grad)
+    return dict(zip(("output", "dq", "dk", "dv"), (output.detach(), *gradients), strict=True))
+
+
+@pytest.mark.parametrize("logit", [-120.0, 120.0], ids=str)
+@pytest.mark.parametrize("edge", PARAMETERS["edge"])
+def test_logits_whose_exponentials_leave_float32(edge: str, logit: float, backend: str) -> None:
+    q, k = torch.full((1, 2, 5, 16), 4.0), torch.full((1, 2, 5, 16), logit / 16)
+    inputs = (q, k, *torch.randn(2, 1, 2, 5, 16))
+    ours, same_dtype = (with_gradients(name, edge, *inputs) for name in (backend, "reference"))
+    exact = with_gradients("reference", edge, *(x.double() for x in inputs))
+    for name, result in ours.items():
+        assert_close(name, result, same_dtype[name], exact[name])
+
+
+@pytest.mark.parametrize("place", ["q", "k", "v", "grad"])
+@pytest.mark.parametrize("edge", PARAMETERS["edge"])
+def test_nan_reaches_only_what_its_window_meets(edge: str, place: str, backend: str) -> None:
+    inputs = dict(zip(("q", "k", "v", "grad"), torch.randn(4, 2, 2, 6, 16), strict=True))
+    inputs[place][0, 0, 1, 3] = math.nan
+    ours, theirs = (with_gradients(name, edge, *inputs.values()) for name in (backend, "reference"))
+    for name, result in ours.items():
+        # The reference's products with zeros are NaN where a kernel leaves the term out.
+        assert not (theirs[name].isfinite() & result.isnan()).any()
+        assert result[1].isfinite().all()
+        assert result[0, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("edge", PARAMETERS["edge"])

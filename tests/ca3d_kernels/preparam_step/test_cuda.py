@@ -1,16 +1,26 @@
 """The CUDA kernels of the pre-parameter step, run on the host by the emulation."""
 
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from cuda_emulation import ORDERS
+from commands import run, tool
+from cuda_emulation import ORDERS, compile_objects
 from pairwise import pairwise_cases
-from step_cases import DTYPES, assert_same_bits, parameters, set_gradients
+from step_cases import (
+    DTYPES,
+    MAGNITUDE_SIZES,
+    assert_flag_of_float32,
+    assert_same_bits,
+    parameters,
+    set_gradients,
+)
 from torch import Tensor, nn
 
 from ca3d_kernels import LinearMapping, PreParamSGD, cuda
-from ca3d_kernels.preparam_step import op
+from ca3d_kernels.preparam_step import op, remembered
 from ca3d_kernels.preparam_step.cuda import CudaKernels
 from ca3d_kernels.preparam_step.reference import Hyperparameters
 
@@ -123,6 +133,21 @@ def test_overflows_are_found_anywhere(
     assert kernels.overflows(batch).item() == 1
     after = [*batch.params, *batch.pre_params, *batch.momenta]
     assert_all_same(after, before)
+
+
+@pytest.mark.parametrize("order", range(len(ORDERS)), ids=ORDERS)
+def test_overflows_of_all_elements_are_told_once_a_warp(
+    order: int, emulated_library: ModuleType
+) -> None:
+    kernels = CudaKernels(emulated_library)
+    emulated_library.set_order(order)
+    # Three blocks, of the last of which only the first warp has elements.
+    grads = [torch.full((8200,), torch.inf, dtype=torch.float16)]
+    assert kernels.overflows(batch_of(grads, torch.float16)).item() == 1
+    warps = 256 // 32
+    assert emulated_library.atomics() == 2 * warps + 1
+    assert kernels.overflows(batch_of([torch.zeros(8200).half()], torch.float16)).item() == 0
+    assert emulated_library.atomics() == 0
 
 
 @pytest.mark.parametrize("rounding", op.ROUNDINGS)
@@ -239,6 +264,55 @@ def test_a_capture_keeps_what_it_reads(
     assert optimizer._captured[0] is source
 
 
+def test_the_flag_is_of_float32_whatever_the_default(emulated_cuda: ModuleType) -> None:
+    assert_flag_of_float32("cuda", torch.float16)
+
+
+CHECKED = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "skip_nonfinite": True}
+
+
+def test_chunks_are_remembered_by_themselves(emulated_cuda: ModuleType) -> None:
+    optimizer = PreParamSGD(parameters(torch.float16, MAGNITUDE_SIZES), **CHECKED, backend="cuda")
+    for w in optimizer.param_groups[0]["params"]:
+        w.grad = torch.full_like(w, 1e-3)
+    optimizer.step()
+    (part,) = optimizer._plans[0].parts
+    batch, chunk = part.batch, emulated_cuda.PREPARAM_CHUNK
+    expected = [
+        stretch.abs().max().item()
+        for both in zip(batch.pre_params, batch.momenta, strict=True)
+        for stretches in zip(*(x.split(chunk) for x in both), strict=True)
+        for stretch in stretches
+    ]
+    assert remembered.known(batch).tolist() == expected
+    # A step that is skipped leaves what is still true.
+    batch.params[1].grad[30] = torch.nan
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert remembered.known(batch).tolist() == expected
+
+
+def test_replays_of_a_graph_are_not_trusted(
+    emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = nn.Parameter(torch.ones(300, dtype=torch.float16))
+    optimizer = PreParamSGD([w], **CHECKED, backend="cuda")
+    w.grad = torch.ones_like(w) * 1e-3
+    optimizer.step()
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
+    optimizer.step()
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
+    optimizer.step()
+    (part,) = optimizer._plans[0].parts
+    assert remembered.known(part.batch) is None
+    # Nor are they by another plan of the same tensors.
+    optimizer.param_groups[0]["rounding"] = "compensated"
+    optimizer.step()
+    (other,) = optimizer._plans[0].parts
+    assert other is not part
+    assert remembered.known(other.batch) is None
+
+
 def test_skipped_steps_are_counted_in_one_place(emulated_cuda: ModuleType) -> None:
     # A CUDA graph adds to the tensor of its capture.
     (w,) = parameters(torch.float16, (300,))
@@ -268,7 +342,7 @@ def test_launches_of_an_ordinary_model(emulated_library: ModuleType) -> None:
     for i, size in enumerate(sizes):
         table += [4096 * (i + 1)] * 4 + [0, size, i]
     arguments = (torch.tensor(table).numpy(), "float16", "float16", (0.1, 0.9, 0, 0, 128.0, 1.0))
-    arguments = (*arguments, False, "nearest", (0, 0), (0, 0))
+    arguments = (*arguments, False, "nearest", (0, 0), (0, 0, 0))
     (plan,) = emulated_library.preparam_launches(*arguments, False)
     assert plan["entry"] == "ca3d_preparam_step_float16_float16_large"
     assert plan["grid"] == (103 + 34 * 49, 1, 1)
@@ -278,3 +352,57 @@ def test_launches_of_an_ordinary_model(emulated_library: ModuleType) -> None:
     fields = {x["name"]: x for x in parameter["fields"]}
     at = fields["runs[136].count"]["offset"]
     assert int.from_bytes(parameter["bytes"][at : at + 8], "little") == 200_000
+
+
+# Prints the kernels of a step of 81 tensors and the rows of their tables, and runs the step unless
+# it is only described.
+STEP_OF_MANY = """
+import importlib.util, sys
+from array import array
+spec = importlib.util.spec_from_file_location("_cuda", sys.argv[1])
+library = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(library)
+ones = [[array("f", [1.0] * 5) for _ in range(3)] for _ in range(81)]
+table = array("q")
+for number, arrays in enumerate(ones):
+    table.extend([*(x.buffer_info()[0] for x in arrays), 0, 0, 5, number])
+hyper = (0.5, 0.0, 0.0, 0.0, 1.0, 1.0)
+options = ("float32", "float32", hyper, False, "nearest", (0, 0), (0, 0, 0))
+for launch in library.preparam_launches(table, *options, False):
+    (parameter,) = launch["parameters"]
+    rows = sum(x["name"].endswith("].param") for x in parameter["fields"])
+    print(launch["entry"].rsplit("_", 1)[1], rows)
+if library.driver_version():
+    library.preparam_sgd_step(table, *options, 0, 0)
+    assert all(list(w) == [0.5] * 5 for w, *_ in ones)
+"""
+
+
+def step_of_many(library: str | Path, driver: int) -> list[str]:
+    return run(
+        sys.executable, "-c", STEP_OF_MANY, library, CA3D_EMULATED_DRIVER=str(driver)
+    ).splitlines()
+
+
+def test_large_tables_need_a_driver_that_takes_them(emulated_library: ModuleType) -> None:
+    library = emulated_library.__file__
+    assert library is not None
+    small, large = ["small 64", "small 17"], ["large 81"]
+    assert cuda.driver_obstacle(12000, 12080) is None
+    for driver, launches in ((12000, small), (12010, large), (13000, large)):
+        assert step_of_many(library, driver) == launches
+    # Without one, what the library was built with is described.
+    assert step_of_many(library, 0) == large
+
+
+def test_large_tables_need_a_toolkit_that_compiles_them(
+    emulated_library: ModuleType, tmp_path: Path
+) -> None:
+    assert emulated_library.__file__ is not None
+    built = Path(emulated_library.__file__).parent
+    options = ("-O0", "-fvisibility=hidden", "-DCUDART_VERSION=12000")
+    objects = compile_objects(tmp_path, ["preparam_step/preparam_step.cu"], *options)
+    objects += [x for x in built.glob("*.o") if x.name != objects[0].name]
+    run(tool("g++"), "-shared", *objects, "-o", tmp_path / "_cuda.so")
+    for driver in (0, 13000):
+        assert step_of_many(tmp_path / "_cuda.so", driver) == ["small 64", "small 17"]

@@ -164,6 +164,21 @@ def test_skips_steps_that_are_not_finite(
     assert all((x != y).any() for x, y in zip(after, before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "scale"),
+    [(600.0, torch.float16, 128.0), (1.0, torch.float32, 1e-300), (1.0, torch.float16, 1e38)],
+)
+def test_weights_whose_pre_parameter_is_not_finite_are_refused(
+    value: float, dtype: torch.dtype, scale: float
+) -> None:
+    w = torch.nn.Parameter(torch.tensor([value, 0.5], dtype=dtype))
+    w.grad = torch.zeros_like(w)
+    optimizer = PreParamSGD([w], lr=0.1, mapping=LinearMapping(scale))
+    with pytest.raises(ValueError, match=rf"magnitudes up to {value:g} isn't finite in {dtype}"):
+        optimizer.step()
+    assert w.tolist() == [value, 0.5]
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("size", [1, 15, 16, 50])

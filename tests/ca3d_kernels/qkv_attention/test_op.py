@@ -5,7 +5,7 @@ import torch
 from qkv_cases import CASES, Case, check
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ca3d_kernels import LocalTemporalAttention, triton_launch
+from ca3d_kernels import LocalTemporalAttention, triton_launch, use_backend
 from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.qkv_attention import op, reference
 
@@ -19,6 +19,12 @@ def operands(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
 
 def leaves(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     return [t.requires_grad_() for t in operands(dtype)]
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *, tensor_cores: bool = True) -> None:
+    monkeypatch.setattr(triton_launch, "_missing", lambda: None)
+    monkeypatch.setattr(triton_launch, "_no_gpu", lambda: None)
+    monkeypatch.setattr(triton_launch, "has_tensor_cores", lambda device: tensor_cores)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -88,8 +94,7 @@ def test_a_layer_on_the_cpu_takes_the_separate_ops(monkeypatch: pytest.MonkeyPat
 def test_a_layer_on_a_gpu_takes_the_fused_op_when_it_can(
     changes: dict, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_launch, "_missing", lambda: None)
-    monkeypatch.setattr(triton_launch, "_no_gpu", lambda: None)
+    pretend_gpu(monkeypatch)
     calls = []
     run = op.qkv_attention
     monkeypatch.setattr(op, "qkv_attention", lambda *a: (calls.append(a), run(*a))[1])
@@ -103,9 +108,36 @@ def test_a_layer_on_a_gpu_takes_the_fused_op_when_it_can(
     assert len(calls) == fused
 
 
+def test_a_layer_on_an_older_gpu_takes_the_separate_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, tensor_cores=False)
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 49, 128, device="cuda", dtype=torch.float16)
+        weight = torch.empty(2, 192, 64, device="cuda", dtype=torch.float16)
+        assert not op.is_fused(x, weight, None, Options())
+        pretend_gpu(monkeypatch)
+        assert op.is_fused(x, weight, None, Options())
+
+
+@pytest.mark.parametrize(("name", "fused"), [("cuda", 0), ("triton", 1), ("reference", 0), ("", 1)])
+@pytest.mark.parametrize("variable", [False, True])
+def test_a_demanded_backend_runs_the_layer(
+    name: str, fused: bool, variable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpu(monkeypatch)
+    monkeypatch.setenv("CA3D_BACKEND", name if variable else "")
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 49, 128, device="cuda", dtype=torch.float16)
+        weight = torch.empty(2, 192, 64, device="cuda", dtype=torch.float16)
+        options = Options(backend="" if variable else name)
+        assert op.is_fused(x, weight, None, options) == fused
+        layer = LocalTemporalAttention(128, 2, device="cuda", dtype=torch.float16)
+        image = torch.empty(2, 128, 8, 7, 7, device="cuda", dtype=torch.float16)
+        with use_backend(options.backend or "auto"):
+            assert layer(image).shape == image.shape
+
+
 def test_a_folded_layer_on_a_gpu_is_fused_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "_missing", lambda: None)
-    monkeypatch.setattr(triton_launch, "_no_gpu", lambda: None)
+    pretend_gpu(monkeypatch)
     calls = []
     run = op.qkv_attention
     monkeypatch.setattr(op, "qkv_attention", lambda *a: (calls.append(a), run(*a))[1])
@@ -126,8 +158,7 @@ def test_a_folded_layer_on_a_gpu_is_fused_for_inference(monkeypatch: pytest.Monk
 def test_a_layer_on_a_gpu_in_graphs(
     how: str, preset: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_launch, "_missing", lambda: None)
-    monkeypatch.setattr(triton_launch, "_no_gpu", lambda: None)
+    pretend_gpu(monkeypatch)
     graphs = []
 
     def keep(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:

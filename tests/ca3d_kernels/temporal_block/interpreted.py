@@ -1,6 +1,6 @@
 """The Triton kernel against its definition; runs in Triton's interpreter.
 
-Not collected by itself: `test_triton_interpreter.py` runs it in a process of its own.
+Not collected by itself: `test_interpreted.py` runs it in a process of its own.
 """
 
 import pytest

@@ -1,0 +1,9 @@
+"""Mistakes put into the Triton kernels on purpose, in Triton's interpreter."""
+
+from interpreter_process import needs_triton, run_interpreted
+
+pytestmark = needs_triton
+
+
+def test_mistakes_are_noticed() -> None:
+    assert run_interpreted("triton_mutants.py") > 32
