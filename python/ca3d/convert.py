@@ -77,6 +77,13 @@ def convert(
         Traceback (most recent call last):
         ca3d.errors.UserError: missing.pt: no such file
     """
+    if Path(out_path).exists() and Path(in_path).exists() and Path(out_path).samefile(in_path):
+        raise UserError(f"{out_path}: is the file to convert; choose another name")
+    for name, values, lowest in (("mean", mean, 0.0), ("std", std, 1e-6)):
+        if values is not None and not all(lowest <= x <= 1 for x in values):
+            raise UserError(f"{name} must be three numbers in [{lowest:g}, 1], got {values!r}")
+    if resize is not None and resize < size:
+        raise UserError(f"resize must be at least size ({size}), got {resize}")
     if precision not in _DTYPES:
         raise UserError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}")
     state = read_published(in_path)

@@ -122,7 +122,7 @@ class EvalResult:
             {
                 "path": str(dataset.samples[index].path),
                 "label": classes[label],
-                "predicted": classes[predicted],
+                "predicted": classes[predicted] if math.isfinite(probability) else "",
                 "probability": round(probability, 6),
             }
             for index, label, predicted, probability in zip(

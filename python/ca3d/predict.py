@@ -21,6 +21,8 @@ from ca3d.data.transforms import Normalize, apply_cut, evaluation_crops
 from ca3d.data.view import View, short_side_size
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
+from ca3d.models import CA3D
+from ca3d.models.fusion import fuse
 from ca3d.streaming import Stream
 from ca3d.training.device import choose_device
 
@@ -189,7 +191,7 @@ class Predictor:
         else:
             file = weights_file(file)
             place = choose_device(device or "auto")
-            model, info = weights.load(file, device=str(place))
+            model, info = load_for_inference(file, place)
         try:
             return cls(model, info, place)
         except UserError as error:
@@ -311,6 +313,30 @@ class Predictor:
         ]
 
 
+def load_for_inference(
+    file: str | Path, device: torch.device
+) -> tuple[nn.Module, weights.ModelInfo]:
+    """Loads a weights file, a CA3D model fused (`ca3d.fuse`), any other as it is.
+
+    Args:
+        file: A `.safetensors` file.
+        device: Where the model shall be.
+
+    Returns:
+        The model in evaluation mode, and its information.
+
+    Raises:
+        ca3d.errors.UserError: The file can't be used.
+
+    Example:
+        >>> load_for_inference("missing.safetensors", torch.device("cpu"))
+        Traceback (most recent call last):
+        ca3d.errors.UserError: missing.safetensors: no such file
+    """
+    model, info = weights.load(file, device=str(device))
+    return (fuse(model) if isinstance(model, CA3D) else model.eval()), info
+
+
 def clip_spec(info: weights.ModelInfo) -> ClipSpec:
     """Returns the clip that a model was trained on.
 
@@ -333,7 +359,7 @@ def clip_spec(info: weights.ModelInfo) -> ClipSpec:
 
 
 def check_complete(info: weights.ModelInfo) -> None:
-    """Raises `UserError` when a model does not know what its input must look like.
+    """Raises `UserError` when a model does not know, or contradicts, what its input looks like.
 
     Args:
         info: The model's information.
@@ -358,6 +384,10 @@ convert them again with --mean, --std (ca3d convert)
         raise UserError(
             "the weights do not say what the model's input and output mean; convert them again"
             f" with {', '.join(lacks)} (ca3d convert)"
+        )
+    if (frames := info.options.get("frames", info.frames)) != info.frames:
+        raise UserError(
+            f"the weights say clips of {info.frames} frames, their model takes {frames}"
         )
 
 

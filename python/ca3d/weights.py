@@ -291,6 +291,11 @@ def _check_fit(path: str | Path, target: dict[str, Any], tensors: dict[str, Tens
     faults = [f"{name} is missing" for name in target if name not in tensors]
     faults += [f"{name} is unknown" for name in tensors if name not in target]
     faults += [
+        f"{name} is of {tensors[name].dtype}"
+        for name, tensor in target.items()
+        if name in tensors and tensors[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    faults += [
         f"{name} is {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in target.items()
         if name in tensors and tensors[name].shape != tensor.shape

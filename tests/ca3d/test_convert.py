@@ -176,6 +176,15 @@ def altered(**changes: Tensor | None) -> dict[str, Tensor]:
             r"185 missing \(.* and 177 more\)",
         ),
         (lambda: altered(clf__bias=torch.full((101,), torch.nan)), "not finite.*classifier.bias"),
+        *(
+            (lambda x=x: altered(clf__bias=x), "1 no dense floating-point tensor .clf.bias: torch")
+            for x in (
+                torch.zeros(101, dtype=torch.complex64),
+                torch.zeros(101, dtype=torch.int64),
+                torch.zeros(101).to_sparse(),
+                torch.zeros(101, device="meta"),
+            )
+        ),
     ],
 )
 def test_wrong_content(tmp_path: Path, content: Any, message: str) -> None:
@@ -196,7 +205,9 @@ def test_wrong_content(tmp_path: Path, content: Any, message: str) -> None:
         ({"frames": 16}, "its clips have 8 frames, not 16"),
         ({"classes": ["a", "b"]}, "the model has 101 classes, got 2"),
         ({"mean": (1, 2)}, "mean must be three numbers"),
-        ({"std": (0, 1, 1)}, "std must be three positive"),
+        ({"std": (0, 1, 1)}, r"std must be three numbers in \[1e-06, 1\]"),
+        ({"mean": (114, 110, 100)}, r"mean must be three numbers in \[0, 1\]"),
+        ({"resize": 100}, r"resize must be at least size \(112\), got 100"),
         ({"color": "grey"}, "color must be"),
         ({"precision": "int8"}, "precision must be one of"),
     ],
@@ -206,6 +217,14 @@ def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], message: str
     with pytest.raises(UserError, match=message):
         convert(source, tmp_path / "out.safetensors", **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+
+
+def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.pt", unique())
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="is the file to convert"):
+        convert(source, tmp_path / "." / "in.pt")
+    assert source.read_bytes() == before
 
 
 def test_float16_overflow_is_refused(tmp_path: Path) -> None:

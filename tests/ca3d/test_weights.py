@@ -215,6 +215,10 @@ def forget(tensors: dict[str, Any], *_: Any) -> None:
             r"does not fit.*is \(64, 8, 3, 3\) instead of \(128, 8, 3, 3\).*and \d+ more",
         ),
         (
+            lambda t, i, m: t.update({"classifier.bias": t["classifier.bias"].to(torch.int32)}),
+            "classifier.bias is of torch.int32",
+        ),
+        (
             forget,
             r"classifier.bias is missing, stranger is unknown, head.norm.weight is \(7,\) instead",
         ),

@@ -254,6 +254,8 @@ def _print_summary(summary: dict[str, Any], title: str) -> None:
         print(f"  {name:<11}{100 * summary[key]:6.2f} %")
     if summary["broken"]:
         print(f"  {len(summary['broken'])} videos could not be read and are not counted")
+    if summary["unscored"]:
+        print(f"  {summary['unscored']} videos got scores of NaN or infinity and count as wrong")
 
 
 def _print_prediction(prediction: Prediction, windows: bool) -> None:

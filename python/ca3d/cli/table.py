@@ -199,7 +199,7 @@ COMMANDS = (
         "compare small models at equal multiply-adds, with controls",
         (
             "ca3d study results --budget-hours 8 --out studies/results",
-            "ca3d study results --scale reduced --datasets motion-order --regimes float32",
+            "ca3d study results --scale tiny --datasets motion-order --regimes float32",
         ),
     ),
     Command(
@@ -208,7 +208,7 @@ COMMANDS = (
         "ca3d.cli.study_commands:study_claims",
         "replace the model's parts one at a time",
         (
-            "ca3d study claims --only position,keys --scale reduced",
+            "ca3d study claims --only position,keys --scale tiny",
             "ca3d study claims --budget-hours 8 --out studies/claims",
         ),
     ),

@@ -241,6 +241,13 @@ class VideoFolder(Dataset[Item | None]):
             f"clip: {clip.frames} frames, every {_ordinal(clip.stride)} {at}; shorter side "
             f"{clip.resize}, crop {clip.size}, view {clip.view}, {self.color}",
         ]
+        length, span = self.info.extra.get("frames"), (clip.frames - 1) * clip.stride + 1
+        same_rate = rate in (None, self.info.frames_per_second)
+        if isinstance(length, int) and length < span and same_rate:
+            lines.append(
+                f"a clip spans {span} frames, the videos have {length} and are looped; "
+                "a smaller --stride or --frames shows them once"
+            )
         if self.training:
             lines.append(
                 "augmentation: random start"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -259,7 +260,7 @@ def load_info(root: str | os.PathLike[str]) -> DatasetInfo:
     """Reads ROOT/dataset.json; a data set without one says nothing of itself.
 
     Raises:
-        UserError: The file is no JSON object, or a value is of the wrong kind.
+        UserError: The file is no JSON object, or a value is of the wrong kind or out of range.
 
     Example:
         >>> load_info(dataset_root).horizontal_flip
@@ -289,6 +290,9 @@ def load_info(root: str | os.PathLike[str]) -> DatasetInfo:
             wanted = " or ".join(k.__name__ for k in kind)
             raise UserError(f"{file}: {key} must be {wanted}, got {value!r}")
         known[key] = value
+    rate = known.get("frames_per_second")
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise UserError(f"{file}: frames_per_second must be finite and above 0, got {rate!r}")
     return DatasetInfo(**known, extra=content)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ca3d.data.folder import VideoFolder
+from ca3d.data.workers import start_worker
 from ca3d.errors import UserError
 
 Triple = tuple[float, float, float]
@@ -49,8 +50,12 @@ def measure(
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     total = min(len(dataset), limit or len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, total).round().astype(int).tolist()
-    loader = DataLoader(
-        _ChannelSums(dataset, chosen), batch_size=None, num_workers=workers, prefetch_factor=None
+    loader: DataLoader[torch.Tensor] = DataLoader(
+        _ChannelSums(dataset, chosen),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=None,
+        worker_init_fn=start_worker,
     )
     sums = torch.zeros(7, dtype=torch.int64)
     for done, row in enumerate(loader, 1):

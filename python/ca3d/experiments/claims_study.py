@@ -19,7 +19,7 @@ from ca3d.experiments.plan import Plan, run_plan
 from ca3d.experiments.rows import Row, RowFile, read_rows
 from ca3d.experiments.runner import ROWS
 from ca3d.experiments.statistics import holm, paired_difference
-from ca3d.experiments.study import StudyOptions, check_words, words
+from ca3d.experiments.study import Scale, StudyOptions, check_words, words
 from ca3d.options import option
 from ca3d.training.checkpoint import write_file
 from ca3d.training.logs import write_csv
@@ -148,14 +148,22 @@ CLAIMS = (
 #: Statements that say "as well as": a difference held against them must be a loss.
 _AS_WELL = ("as well", "the same", "enough", "not needed")
 
-SCALES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "full": (
+SCALES: Mapping[str, Scale] = {
+    "full": Scale(
         {**_MOCAP, "frames": 16, "size": 32, "step": 1, "train": 2700, "val": 240, "test": 480},
         {"epochs": 12, "batch_size": 32, "schedule": "cosine", "weight_decay": 5e-3},
     ),
-    "reduced": (
-        {**_MOCAP, "frames": 8, "size": 16, "step": 2, "train": 960, "val": 240, "test": 480},
+    "tiny": Scale(
+        {"name": "mocap15", "frames": 8, "size": 16, "train": 1500, "val": 300, "test": 600},
         {"epochs": 10, "batch_size": 32, "schedule": "cosine", "weight_decay": 5e-3},
+        {
+            _MODEL: {
+                "widths": [8, 12, 24, 32],
+                "spatial_depths": [0, 1, 1, 1],
+                "stem_kernel": 3,
+                "dropout": 0.0,
+            }
+        },
     ),
 }
 RATES = (0.03, 0.1)
@@ -177,8 +185,8 @@ class ClaimsConfig(StudyOptions):
     only: str = option(
         "", "Claims, separated by commas, 'leakage' and 'attention-cost' (default: all)", "Study"
     )
-    scale: Literal["full", "reduced"] = option(
-        "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x16x16, 960", "Study"
+    scale: Literal["full", "tiny"] = option(
+        "full", "'full': 16x32x32 clips, 2700 for training; 'tiny': 8x16x16, 1500", "Study"
     )
 
     def validate(self) -> None:
@@ -198,13 +206,14 @@ def plan_of(claim: Claim, config: ClaimsConfig) -> Plan:
         >>> [name for name in plan_of(CLAIMS[-1], ClaimsConfig()).models]
         ['ca3d_variant#paper', 'ca3d_variant#published']
     """
-    data, recipe = SCALES[config.scale]
+    scale = SCALES[config.scale]
+    base = scale.models.get(_MODEL, {})
     return Plan(
-        data={**data, **claim.data, "score_train": False},
-        models={f"{_MODEL}#{name}": options for name, options in claim.variants.items()},
+        data={**scale.data, **claim.data, "score_train": False},
+        models={f"{_MODEL}#{name}": {**base, **own} for name, own in claim.variants.items()},
         regimes=["float32"],
         seeds=range(config.seeds),
-        recipe={**recipe, **claim.recipe},
+        recipe={**scale.recipe, **claim.recipe},
         rates=RATES,
     )
 
@@ -277,8 +286,10 @@ def _asked(config: ClaimsConfig, name: str) -> bool:
 
 
 def _leakage(config: ClaimsConfig) -> dict[str, Plan]:
-    data, recipe = SCALES[config.scale]
-    return leakage_plans({**data, "score_train": False}, recipe, range(config.seeds), rate=RATES[0])
+    scale = SCALES[config.scale]
+    model = {_MODEL: scale.models.get(_MODEL, {})}
+    data = {**scale.data, "score_train": False}
+    return leakage_plans(data, model, {**scale.recipe, "lr": RATES[-1]}, range(config.seeds))
 
 
 def _run_missing(config: ClaimsConfig, plans: list[Plan]) -> None:
@@ -315,7 +326,7 @@ def _lines(
     return [
         "# The model's parts, one at a time",
         "",
-        f"Written by `ca3d study claims --scale {config.scale} --only-report`. Every row is a"
+        f"{config.origin('claims')} Every row is a"
         " `ca3d_variant`, a `ca3d_tiny` with one part replaced, on clips rendered here: it says"
         f" nothing about the full-size model. {len(rows)} runs, {taken:.2f} CPU-hours. {machine()}",
         "",

@@ -122,7 +122,7 @@ class CompareConfig:
         None, "Weight decay (default: as published for each model)", "Recipe"
     )
 
-    jobs: int = option(1, "Runs at a time, one thread each", "Run")
+    jobs: int = option(1, "Runs at a time; more than one have one thread each", "Run")
     budget_hours: float | None = option(
         None, "CPU-hours, those of former calls included, after which no run is begun", "Run"
     )

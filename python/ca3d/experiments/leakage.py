@@ -18,30 +18,33 @@ CUTS = 8
 
 
 def leakage_plans(
-    data: Mapping[str, Any], recipe: Mapping[str, Any], seeds: Sequence[int], rate: float
+    data: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Any]],
+    recipe: Mapping[str, Any],
+    seeds: Sequence[int],
 ) -> dict[str, Plan]:
     """The same model on clips of recordings, divided over recordings and over clips.
 
     Args:
         data: Sizes and shape of the clips.
+        models: Options of the model, by its name.
         recipe: Of every run.
         seeds: The same for both.
-        rate: Learning rate of both.
 
     Returns:
         A plan for each of `ca3d.experiments.recordings.DIVISIONS`.
 
     Example:
-        >>> list(leakage_plans({"name": "mocap15"}, {}, range(5), 0.03))
+        >>> list(leakage_plans({}, {"ca3d_tiny": {}}, {"lr": 0.03}, range(5)))
         ['grouped', 'random']
     """
     return {
         division: Plan(
             data={**data, "name": "mocap15", "division": division, "cuts": CUTS},
-            models={"ca3d_tiny": {}},
+            models=models,
             regimes=["float32"],
             seeds=seeds,
-            recipe={**recipe, "lr": rate},
+            recipe=recipe,
         )
         for division in DIVISIONS
     }

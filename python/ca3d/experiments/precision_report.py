@@ -92,13 +92,14 @@ class Condition:
         return self.observed(lambda o: (o["kinds"][kind][what], o["kinds"][kind]["count"]))
 
 
-def write_report(study: Study, path: Path, scale: Scale) -> None:
+def write_report(study: Study, path: Path, scale: Scale, origin: str) -> None:
     """Writes the report, a CSV file of all conditions and the pictures.
 
     Args:
         study: What was planned and what is there.
         path: The Markdown file; the CSV file stands beside it, pictures in `images/`.
         scale: How large the runs are.
+        origin: What `StudyOptions.origin` says.
 
     Raises:
         ca3d.errors.UserError: A file can't be written.
@@ -112,7 +113,7 @@ def write_report(study: Study, path: Path, scale: Scale) -> None:
             **{(m, name): p for m, rows in effects.items() for name, (_, p) in rows.items()},
         }
     )
-    lines = ["# The precision study: results", "", *_summary(study, scale)]
+    lines = ["# The precision study: results", "", *_summary(study, scale, origin)]
     lines += ["", "## Learning rate and weight decay", "", *_tuning(study)]
     for model in study.main:
         conditions = [c for c in found if c.model == model and c.rows]
@@ -155,7 +156,7 @@ def _conditions(study: Study) -> list[Condition]:
     return found
 
 
-def _summary(study: Study, scale: Scale) -> list[str]:
+def _summary(study: Study, scale: Scale, origin: str) -> list[str]:
     planned = sum(map(len, study.main.values()))
     done = sum(cell.key in study.rows for cells in study.main.values() for cell in cells)
     tuned = sum(cell.key in study.rows for cells in study.tuning.values() for cell in cells)
@@ -164,8 +165,8 @@ def _summary(study: Study, scale: Scale) -> list[str]:
     data, recipe = scale.data, scale.recipe
     missing = [name for name in study.tuning if name not in study.main]
     lines = [
-        "Written by `ca3d study precision --only-report`; the design, fixed before the first run,"
-        " is in [precision-study.md](precision-study.md).",
+        f"{origin} The design, fixed before the first run, is in"
+        " [precision-study.md](precision-study.md).",
         "",
         f"- Runs: **{done} of {planned} planned** in the models whose learning rate is chosen, and"
         f" {tuned} for choosing it; {taken:.2f} CPU-hours in all. {machine()}",

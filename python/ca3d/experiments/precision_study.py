@@ -14,10 +14,10 @@ from ca3d.experiments.cells import Cell
 from ca3d.experiments.display import Display
 from ca3d.experiments.rows import Row
 from ca3d.experiments.runner import run_cells
-from ca3d.experiments.study import StudyOptions, check_words, words
+from ca3d.experiments.study import Scale, StudyOptions, check_words, words
 from ca3d.options import option
 
-__all__ = ["PrecisionStudyConfig", "Scale", "main_cells", "run", "tuning_cells"]
+__all__ = ["PrecisionStudyConfig", "main_cells", "run", "tuning_cells"]
 
 CONSTANTS = (1.0, 100.0, 128.0)
 LOSS_FACTORS = (0.1, 1.0, 128.0)
@@ -38,23 +38,6 @@ _FIRST: tuple[dict[str, Any], ...] = (
     {"constant": 100.0, "loss_factor": 0.1, "rounding": "published"},
     {"constant": 1.0, "loss_factor": 1.0, "rounding": "nearest"},
 )
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large the runs of a study are.
-
-    Args:
-        data: Of every cell.
-        recipe: Of every cell, without learning rate and weight decay.
-        models: Options of each model.
-        observe: Steps between two looks at the tensors.
-    """
-
-    data: Mapping[str, Any]
-    recipe: Mapping[str, Any]
-    models: Mapping[str, Mapping[str, Any]]
-    observe: int
 
 
 _RECIPE = {"batch_size": 32, "schedule": "cosine", "momentum": 0.9}
@@ -293,7 +276,7 @@ def run(config: PrecisionStudyConfig) -> Path:
         run_cells([*study.native, *rest], options, display)
         study = _read(config)
     report = config.report_file
-    write_report(study, report, scale)
+    write_report(study, report, scale, config.origin("precision"))
     return report
 
 

@@ -16,7 +16,7 @@ from ca3d.experiments.markdown import machine, table
 from ca3d.experiments.plan import Plan, run_plan
 from ca3d.experiments.rows import Row, read_rows
 from ca3d.experiments.runner import ROWS
-from ca3d.experiments.study import StudyOptions, check_words, words
+from ca3d.experiments.study import Scale, StudyOptions, check_words, words
 from ca3d.options import option
 from ca3d.training.checkpoint import write_file
 from ca3d.training.logs import write_csv
@@ -28,15 +28,30 @@ REGIMES = ("float32", "qat", "float16")
 RATES = (0.01, 0.03, 0.1)
 CONTROLS = ("frames", "shuffled")
 
-#: Data and recipe of each scale; the data sets are "mocap30" and "motion-order".
-SCALES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "full": (
+#: The data sets are "mocap30" and "motion-order"; models have about equal multiply-adds.
+SCALES: Mapping[str, Scale] = {
+    "full": Scale(
         {"frames": 16, "size": 32, "step": 1, "train": 2700, "val": 240, "test": 480},
         {"epochs": 12, "batch_size": 32, "schedule": "cosine"},
     ),
-    "reduced": (
-        {"frames": 8, "size": 32, "step": 2, "scale": 1, "train": 960, "val": 240, "test": 480},
+    "tiny": Scale(
+        {"frames": 8, "size": 16, "train": 1500, "val": 300, "test": 600},
         {"epochs": 10, "batch_size": 32, "schedule": "cosine"},
+        {
+            "ca3d_tiny": {
+                "widths": [8, 16, 32],
+                "spatial_depths": [1, 1, 1],
+                "temporal_depths": [0, 1, 1],
+                "spatial_heads": [1, 1, 1],
+                "temporal_heads": [0, 2, 4],
+                "stem_kernel": 3,
+                "dropout": 0.0,
+            },
+            "r3d_tiny": {"widths": [4, 6, 10, 16], "depths": [1, 1, 1, 1]},
+            "r2plus1d_tiny": {"widths": [5, 10, 16, 24], "depths": [1, 1, 1, 1]},
+            "x3d_tiny": {"width": 0.6, "depth": 1.0, "head_width": 64, "dropout": 0.0},
+            "timesformer_tiny": {"width": 32, "depth": 2},
+        },
     ),
 }
 
@@ -54,8 +69,8 @@ class ResultsStudyConfig(StudyOptions):
     """
 
     out: str = option("studies/results", "Folder of the study; the same one goes on", "Study")
-    scale: Literal["full", "reduced"] = option(
-        "full", "'full': 16x32x32 clips, 2700 for training; 'reduced': 8x32x32, 960", "Study"
+    scale: Literal["full", "tiny"] = option(
+        "full", "'full': 16x32x32 clips, 2700 for training; 'tiny': 8x16x16, 1500", "Study"
     )
     models: str = option(",".join(MODELS), "Models, separated by commas", "Study")
     datasets: str = option(
@@ -84,15 +99,15 @@ def plans(config: ResultsStudyConfig) -> dict[str, Plan]:
         ...  for name, plan in plans(ResultsStudyConfig()).items()}
         {'motion-order': 125, 'mocap30': 125}
     """
-    data, recipe = SCALES[config.scale]
+    scale = SCALES[config.scale]
     names = words(config.models)
     return {
         dataset: Plan(
-            data={"name": dataset, **data, "score_train": True},
-            models={name: {} for name in names},
+            data={"name": dataset, **scale.data, "score_train": True},
+            models={name: scale.models.get(name, {}) for name in names},
             regimes=words(config.regimes),
             seeds=range(config.seeds),
-            recipe=recipe,
+            recipe=scale.recipe,
             own={name: {"weight_decay": models.recipe(name).weight_decay} for name in names},
             rates=RATES,
             controls=CONTROLS,
@@ -129,12 +144,13 @@ def run(config: ResultsStudyConfig) -> Path:
 def _lines(
     config: ResultsStudyConfig, todo: Mapping[str, Plan], rows: Mapping[str, Row], report: Path
 ) -> list[str]:
-    data, recipe = SCALES[config.scale]
+    scale = SCALES[config.scale]
+    data, recipe = scale.data, scale.recipe
     taken = sum(row["cpu_seconds"] for row in rows.values()) / 3600
     lines = [
         "# Small models, compared",
         "",
-        f"Written by `ca3d study results --scale {config.scale} --only-report`. Every model is a"
+        f"{config.origin('results')} Every model is a"
         " small version (`*-tiny`) of its namesake with about the multiply-adds of `ca3d_tiny`, and"
         " none of these figures says anything about the full-size models. Clips are rendered here;"
         f" {data['train']} train, {data['val']} validate and {data['test']} test, of"
@@ -145,7 +161,7 @@ def _lines(
         "",
         f"{len(rows)} runs, {taken:.2f} CPU-hours. {machine()}",
         "",
-        *_macs(config, data),
+        *_macs(config, scale),
     ]
     every: list[dict[str, Any]] = []
     for dataset, plan in todo.items():
@@ -165,12 +181,13 @@ def _lines(
     return lines
 
 
-def _macs(config: ResultsStudyConfig, data: Mapping[str, Any]) -> list[str]:
-    shape = (1, 3, data["frames"], data["size"], data["size"])
+def _macs(config: ResultsStudyConfig, scale: Scale) -> list[str]:
+    frames, size = scale.data["frames"], scale.data["size"]
     rows = []
     for name in words(config.models):
-        model = models.create_for_clips(name, 30, frames=data["frames"], size=data["size"])
-        count = models.count_macs(model, shape)["total"]
+        options = scale.models.get(name, {})
+        model = models.create_for_clips(name, 30, frames=frames, size=size, **options)
+        count = models.count_macs(model, (1, 3, frames, size, size))["total"]
         parameters = sum(p.numel() for p in model.parameters())
-        rows.append([name, f"{parameters:,}", f"{count / 1e6:.1f}"])
+        rows.append([name, f"{parameters:,}", f"{count / 1e6:.2f}"])
     return table(["model (30 classes)", "parameters", "million MACs a clip"], rows)

@@ -4,16 +4,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ca3d.errors import UserError
 from ca3d.experiments.runner import RunOptions
 from ca3d.options import option
 
-__all__ = ["StudyOptions", "check_words", "words"]
+__all__ = ["Scale", "StudyOptions", "check_words", "words"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs of a study are.
+
+    Args:
+        data: Of every cell.
+        recipe: Of every cell, without what the study chooses itself.
+        models: Options of the models by name; one that is not in it has its defaults.
+        observe: Steps between two looks at the tensors; 0 for none.
+
+    Example:
+        >>> Scale({"frames": 8}, {"epochs": 2}).models
+        {}
+    """
+
+    data: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    observe: int = 0
 
 
 @dataclass
@@ -37,7 +59,7 @@ class StudyOptions:
         "Study",
     )
     only_report: bool = option(False, "Train nothing: report what the folder has", "Study")
-    jobs: int = option(1, "Runs at a time, one thread each", "Run")
+    jobs: int = option(1, "Runs at a time; more than one have one thread each", "Run")
     budget_hours: float | None = option(
         None, "CPU-hours, those of former calls included, after which no run is begun", "Run"
     )
@@ -58,6 +80,26 @@ class StudyOptions:
     def run_options(self) -> RunOptions:
         """How its grids are run."""
         return RunOptions(self.folder, self.jobs, self.budget_hours)
+
+    def origin(self, study: str) -> str:
+        """What a report says it was written by, and when.
+
+        Args:
+            study: The study, as the command line names it.
+
+        Example:
+            >>> StudyOptions(seeds=3, jobs=2).origin("results")    # doctest: +ELLIPSIS
+            'Written by `ca3d study results --seeds 3 --only-report` on ....'
+        """
+        # These change nothing of what is reported.
+        ignored = {x.name for x in fields(StudyOptions)} - {"seeds"}
+        chosen = [
+            f"--{x.name} {getattr(self, x.name)}"
+            for x in fields(self)
+            if x.name not in ignored and getattr(self, x.name) != x.default
+        ]
+        command = " ".join(["ca3d study", study, *chosen, "--only-report"])
+        return f"Written by `{command}` on {time.strftime('%Y-%m-%d')}."
 
     @property
     def report_file(self) -> Path:

@@ -237,8 +237,9 @@ def from_published(state: Mapping[str, Any], model: CA3D) -> dict[str, Tensor]:
         Our names to new tensors, in the dtypes of the input.
 
     Raises:
-        ValueError: names are missing or unknown, shapes differ, or two names of one tensor hold
-            different values. All of them are listed; nothing is converted.
+        ValueError: names are missing or unknown, shapes differ, a tensor isn't a dense one of
+            floating point, or two names of one tensor hold different values. All of them are
+            listed; nothing is converted.
 
     Example:
         >>> from ca3d.models import ca3d_tiny
@@ -249,7 +250,8 @@ def from_published(state: Mapping[str, Any], model: CA3D) -> dict[str, Tensor]:
     wanted = {entry.published: entry for entry in entries(model)}
     pre_parameters = {f"pre_params.{name.replace('.', '/')}": name for name in wanted}
     found: dict[str, Tensor] = {}
-    unexpected, misshaped, contradicting = [], [], []
+    unexpected, misshaped, contradicting, of_another_kind = [], [], [], []
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
     # First names come first, so that a second name is compared with the first.
     for name, value in sorted(state.items(), key=lambda item: canonical_name(item[0]) != item[0]):
         target = pre_parameters.get(name, canonical_name(name))
@@ -258,18 +260,26 @@ def from_published(state: Mapping[str, Any], model: CA3D) -> dict[str, Tensor]:
             unexpected.append(name)
         elif tuple(value.shape) != entry.shape:
             misshaped.append(f"{name}: {tuple(value.shape)} instead of {entry.shape}")
+        elif (
+            value.layout != torch.strided
+            or value.is_meta
+            or value.is_quantized
+            or not (value.is_floating_point() or target in counters)
+        ):
+            of_another_kind.append(f"{name}: {value.dtype}, {value.layout}, {value.device}")
         elif name in pre_parameters:
             continue
         elif target not in found:
             found[target] = value
         elif not torch.equal(found[target], value):
             contradicting.append(f"{name} differs from {target}")
-    broken = {text.split(":")[0] for text in misshaped}
+    broken = {text.split(":")[0] for text in misshaped + of_another_kind}
     missing = [name for name in wanted if name not in found and name not in broken]
     faults = {
         "missing": missing,
         "unexpected": unexpected,
         "of the wrong shape": misshaped,
+        "no dense floating-point tensor": of_another_kind,
         "contradicting": contradicting,
     }
     if any(faults.values()):

@@ -129,7 +129,7 @@ def recipe(name: str) -> Recipe:
         >>> recipe("i3d").weight_decay
         0.0005
     """
-    _check_name(name)
+    check_name(name)
     return _BASELINES[name].recipe if name in _BASELINES else Recipe()
 
 
@@ -216,15 +216,23 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [*groups, {"params": kept, "weight_decay": 0.0}] if kept else groups
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Checks that there is a model of a name.
+
+    Raises:
+        ValueError: there is none; the message lists all.
+
+    Example:
+        >>> check_name("ca3d")
+    """
     if name not in _builders and name not in _BASELINES:
         close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(names())}")
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:
-    _check_name(name)
+    check_name(name)
     if name in _builders:
         return _builders[name]
     try:

@@ -15,6 +15,8 @@ from ca3d.data.view import View
 from ca3d.errors import UserError
 from ca3d.options import option
 
+_LARGEST = 4096  # pixels of a clip side
+
 Decoder = Literal["auto", "av", "torchcodec"]
 
 
@@ -196,6 +198,9 @@ class TrainConfig(SplitOptions):
         for name in ("resize", "max_steps", "early_stopping"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "a whole number of at least 1")
+        for name in ("size", "resize"):
+            value = getattr(self, name)
+            _check(self, name, value is None or value <= _LARGEST, f"at most {_LARGEST}")
         for name in ("checkpoint_steps", "seed", "split_seed"):
             _check(self, name, getattr(self, name) >= 0, "a whole number of at least 0")
         _check(self, "max_skipped", self.max_skipped >= 1, "a whole number of at least 1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ca3d.data.samples import Sample
+from ca3d.data.workers import start_worker
 from ca3d.errors import UserError
 
 
@@ -140,7 +140,7 @@ def load_batches(
         batch_sampler=list(batches),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=pin_memory,
         # Without its own generator every loader draws a seed from the global one.
         generator=torch.Generator().manual_seed(epoch),
@@ -172,9 +172,3 @@ def _collate(items: list[Any]) -> Batch:
         indices=torch.tensor([int(item[2]) for item in read], dtype=torch.int64),
         broken=[item for item in items if isinstance(item, str)],
     )
-
-
-def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer ends its workers itself, by SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -54,6 +54,11 @@ def train(config: TrainConfig) -> TrainResult:
         ca3d.errors.UserError: --lr must be a finite number above 0, not -1.0
     """
     config.validate()
+    # Before the data is measured, which takes its time.
+    try:
+        models.registry.check_name(config.model)
+    except ValueError as error:
+        raise UserError(f"--model {config.model}: {error}") from error
     regime = precision.create(config.precision, **config.precision_options)
     device = choose_device(config.device)
     if regime.compact:
@@ -126,6 +131,8 @@ class Trainer:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
+        if config.early_stopping is not None and data.val is None:
+            raise UserError("--early-stopping needs a validation split, and there is none")
         least = smallest_share(config, world) * world.size
         if config.batch_size < least:
             raise UserError(
@@ -298,6 +305,9 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Validates, writes the epoch's figures and files, and moves on."""
         config, at = self.config, self.progress
+        # What `_batches` leaves out was never begun.
+        whole = math.ceil(len(self.data.train) / config.batch_size)
+        left_out = whole - self.batches_per_epoch
         row: Row = {
             "epoch": at.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -310,7 +320,7 @@ class Trainer:
             "best": False,
             "steps": at.steps,
             "skipped": at.skipped,
-            "dropped_batches": at.dropped,
+            "dropped_batches": at.dropped + left_out,
             "clips_per_second": at.count / at.seconds if at.seconds else 0.0,
             "waiting": at.waiting / at.seconds if at.seconds else 0.0,
             "seconds": at.seconds,

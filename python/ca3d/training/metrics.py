@@ -12,6 +12,8 @@ from torch import Tensor
 class Metrics:
     """Counts from which top-1, top-5 and mean class accuracy follow.
 
+    A sample whose scores are NaN or infinite has no likeliest class, and counts as wrong.
+
     Args:
         num_classes: Number of classes.
 
@@ -27,12 +29,14 @@ class Metrics:
 
     num_classes: int
     confusion: Tensor = field(init=False)
+    unscored: Tensor = field(init=False)  # samples of each class without a likeliest one
     in_top5: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
         self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+        self.unscored = torch.zeros(self.num_classes, dtype=torch.int64)
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
         """Adds a batch.
@@ -42,6 +46,10 @@ class Metrics:
             labels: (batch,), int64.
         """
         scores, labels = scores.detach().cpu(), labels.detach().cpu()
+        # A class may have the probability 0, whose logarithm is -inf.
+        scored = (scores < torch.inf).all(1)
+        self.unscored += torch.bincount(labels[~scored], minlength=self.num_classes)
+        scores, labels = scores[scored], labels[scored]
         predicted = scores.argmax(1)
         at = labels * self.num_classes + predicted
         self.confusion += torch.bincount(at, minlength=self.num_classes**2).view_as(self.confusion)
@@ -51,7 +59,7 @@ class Metrics:
     @property
     def count(self) -> int:
         """Number of samples."""
-        return int(self.confusion.sum())
+        return int(self.confusion.sum() + self.unscored.sum())
 
     @property
     def top1(self) -> float:
@@ -66,7 +74,7 @@ class Metrics:
     @property
     def per_class(self) -> Tensor:
         """(classes,) float64: accuracy over the samples of each class; NaN for an absent one."""
-        totals = self.confusion.sum(1).double()
+        totals = (self.confusion.sum(1) + self.unscored).double()
         return self.confusion.diagonal().double() / torch.where(totals > 0, totals, torch.nan)
 
     @property

@@ -48,6 +48,7 @@ class Scores:
             "mean_class": self.metrics.mean_class,
             "loss": self.loss,
             "videos": self.metrics.count,
+            "unscored": int(self.metrics.unscored.sum()),
             "broken": list(self.broken),
         }
 
@@ -157,6 +158,7 @@ def merge(parts: Sequence[Scores]) -> Scores:
     metrics = Metrics(parts[0].metrics.num_classes)
     for part in parts:
         metrics.confusion += part.metrics.confusion
+        metrics.unscored += part.metrics.unscored
         metrics.in_top5 += part.metrics.in_top5
     losses = [part.loss * part.metrics.count for part in parts if part.metrics.count]
     indices = torch.cat([part.indices for part in parts])

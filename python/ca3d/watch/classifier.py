@@ -15,9 +15,7 @@ from ca3d import precision, weights
 from ca3d.data.transforms import Normalize
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
-from ca3d.models.fusion import fuse
-from ca3d.models.model import CA3D
-from ca3d.predict import check_complete
+from ca3d.predict import check_complete, load_for_inference
 from ca3d.streaming import Stream
 from ca3d.training.device import choose_device
 
@@ -139,11 +137,11 @@ class Classifier:
         """
         file = weights_file(path)
         chosen = choose_device(device)
-        model, info = weights.load(file, device=str(chosen))
+        model, info = load_for_inference(file, chosen)
         if stride > info.frames:
             raise UserError(f"--step must be 1 to {info.frames} for this model, not {stride}")
         try:
-            return cls(fuse(model) if isinstance(model, CA3D) else model, info, stride, chosen)
+            return cls(model, info, stride, chosen)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
 
@@ -177,15 +175,9 @@ class Classifier:
 
     def _make_stepper(self) -> Stepper:
         try:
-            stream = Stream(self._model, self.stride, precision=self.info.precision)
+            return Stream(self._model, self.stride, precision=self.info.precision)
         except TypeError:  # No part of the model sees single frames.
             return SlidingWindow(self._whole_clip, self.info.frames, self.stride)
-        if stream.window != self.info.frames:
-            raise UserError(
-                f"the weights speak of clips of {self.info.frames} frames, their model takes"
-                f" {stream.window}"
-            )
-        return stream
 
     def _whole_clip(self, clip: Tensor) -> Tensor:
         return self._regime.forward(self._model, clip)

@@ -57,6 +57,12 @@ def test_windows_cover_the_video_and_overlap(tmp_path: Path) -> None:
     assert len(prediction.windows) == 9
 
 
+def test_weights_that_contradict_their_model_are_refused() -> None:
+    info = replace(INFO, options={"num_classes": 3, "frames": 16})
+    with pytest.raises(UserError, match="clips of 4 frames, their model takes 16"):
+        Predictor(MeanColor(), info)
+
+
 def test_labels_follow_the_video(tmp_path: Path) -> None:
     prediction = Predictor(MeanColor(), INFO).predict(film(tmp_path / "a.avi", 4.0), top_k=2)
     for window in prediction.windows:

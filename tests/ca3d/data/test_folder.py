@@ -194,6 +194,14 @@ class TestBrokenFiles:
             VideoFolder(root, "train", clip=CLIP, training=True)
 
 
+def test_clips_longer_than_the_videos_are_told(root: Path) -> None:
+    (root / "dataset.json").write_text(json.dumps({"frames": 6}))
+    for stride, told in ((1, False), (2, True)):
+        clip = ClipSpec(frames=4, stride=stride, size=32, resize=32)
+        text = VideoFolder(root, clip=clip, training=True).describe()
+        assert ("a clip spans 7 frames, the videos have 6 and are looped" in text) == told
+
+
 class TestFlip:
     def declared(self, root: Path, flip: bool) -> Path:
         (root / "dataset.json").write_text(json.dumps({"horizontal_flip": flip}))

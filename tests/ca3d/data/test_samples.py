@@ -184,7 +184,9 @@ class TestInfo:
         ("text", "message"),
         [("{", "not JSON"), ("[]", "must be a JSON object"),
          ('{"horizontal_flip": "no"}', "horizontal_flip must be bool"),
-         ('{"frames_per_second": true}', "frames_per_second must be int or float")],
+         ('{"frames_per_second": true}', "frames_per_second must be int or float"),
+         ('{"frames_per_second": -5}', "frames_per_second must be finite and above 0, got -5"),
+         ('{"frames_per_second": NaN}', "frames_per_second must be finite and above 0, got nan")],
     )  # fmt: skip
     def test_bad(self, root, text, message):
         (root / "dataset.json").write_text(text)

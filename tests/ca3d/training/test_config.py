@@ -33,6 +33,8 @@ def test_defaults_are_the_published_recipe() -> None:
         ("frames", 0),
         ("stride", 0),
         ("size", 0),
+        ("size", 100_000),
+        ("resize", 5000),
         ("fps", 0.0),
         ("fps", math.inf),
         ("clip_norm", 0.0),

@@ -204,6 +204,16 @@ def test_early_stopping(bars: Path, tmp_path: Path) -> None:
     # Without a step worth the name validation stays as it is after the first epoch.
     run(bars, tmp_path / "run", epochs=9, lr=1e-12, weight_decay=0.0, early_stopping=2)
     assert len(rows(tmp_path / "run")) <= 5
+    with pytest.raises(UserError, match="--early-stopping needs a validation split"):
+        run(bars, tmp_path / "other", early_stopping=2, val_fraction=0.0)
+
+
+def test_a_batch_of_one_that_is_left_out_is_counted(bars: Path, tmp_path: Path) -> None:
+    run(bars, tmp_path / "run", epochs=1)
+    count = len(rows_of_split(tmp_path / "run", "train"))
+    run(bars, tmp_path / "other", epochs=1, batch_size=count - 1)
+    (row,) = rows(tmp_path / "other")
+    assert row["dropped_batches"] == "1"
 
 
 def test_max_steps(bars: Path, tmp_path: Path) -> None:

@@ -37,6 +37,17 @@ def test_mean_class_leaves_absent_classes_out() -> None:
     assert metrics.mean_class == 0.5
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_never_right(bad: float) -> None:
+    metrics = Metrics(2)
+    scores = torch.tensor([[bad, 0.0], [0.0, bad], [1.0, 0.0], [-math.inf, 0.0]])
+    metrics.update(scores, torch.tensor([0, 1, 0, 1]))
+    assert metrics.unscored.tolist() == [1, 1]
+    assert metrics.count == 4
+    assert metrics.top1 == metrics.top5 == metrics.mean_class == 0.5
+    assert metrics.confusion.tolist() == [[1, 0], [0, 1]]
+
+
 def test_no_samples_give_nan() -> None:
     metrics = Metrics(2)
     assert math.isnan(metrics.top1)

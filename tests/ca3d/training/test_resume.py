@@ -148,14 +148,21 @@ def test_signals_save_and_leave(
     out = tmp_path / "run"
     options = config(bars, out, progress="plain", log_steps=1)
     options["checkpoint_steps"] = 0
+    options["workers"] = 2
     command = [sys.executable, "-m", "ca3d", "train", *flags(options), "--resume", "auto"]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 1/3  batch 2/"):
-            process.send_signal(number)
+            # As `timeout`, systemd and a terminal do: to the workers as well.
+            os.killpg(process.pid, number)
             break
     output, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors

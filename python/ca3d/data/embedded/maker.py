@@ -120,7 +120,7 @@ def make(
 
     Raises:
         ValueError: names the argument that is out of range.
-        ca3d.errors.UserError: if the folder exists.
+        ca3d.errors.UserError: if the folder exists or can't be written.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp()) / "demo"
@@ -162,8 +162,11 @@ def make(
     clips = _untrimmed_clips(size) if untrimmed else _clips(size, len(recipe.classes))
     out = Path(out_dir)
     _check_free(out, force)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     try:
         rows = _make_clips(recipe, codec, clips, temporary, workers, progress)
         _equalise(temporary, rows)

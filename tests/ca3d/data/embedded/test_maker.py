@@ -185,6 +185,12 @@ def test_h264(tmp_path: Path) -> None:
         assert container.streams.video[0].codec_context.name == "h264"
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file.x: (Not a directory|File exists)"):
+        embedded.make("mocap15", tmp_path / "file" / "x")
+
+
 def test_existing_folders_are_respected(tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": TINY, "workers": 1, "frames": 2, "resolution": 32}
     mine = tmp_path / "mine"
