@@ -49,11 +49,11 @@ def interleave(
     Returns:
         The seconds of every run.
     """
-    for run in candidates.values():
+    for run in candidates.values() if most_rounds > 1 else ():
         start = time.perf_counter()
         for _ in range(warmup):
             run()
-            if time.perf_counter() - start > budget / 4 or most_rounds < warmup:
+            if time.perf_counter() - start > budget / 4:
                 break
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(min(rounds, most_rounds)):

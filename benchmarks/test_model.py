@@ -28,7 +28,7 @@ from ca3d import precision
 from ca3d.models import create
 from ca3d.models.published import entries
 
-CLASSES, BATCH, FRAMES, SIZE = 101, 4, 16, 112
+CLASSES, FRAMES, SIZE = 101, 16, 112
 
 MEASURE = r"""
 import json, re, sys
@@ -43,13 +43,18 @@ def resident(largest):
 
 if sys.argv[3] == "returned":
     test_model.precision.return_freed_memory()
-step, warm = test_model.both_steps(sys.argv[2])
+step, warm = test_model.both_steps(sys.argv[2], *map(int, sys.argv[4:]))
 warm()
 before = resident(largest=False)
 for _ in range(3):
     step()
 print(json.dumps(resident(largest=True) - before))
 """
+
+
+def clips() -> tuple[int, int]:
+    """Clips of a training step, and their height; with `--quick` enough to show that it runs."""
+    return (4, SIZE) if interleaved.most_rounds > 1 else (2, 32)
 
 
 def build(name: str) -> nn.Module:
@@ -61,7 +66,7 @@ def build(name: str) -> nn.Module:
 
 
 def training_step(
-    model: nn.Module, batch: int, size: int = SIZE, regime: precision.Regime | None = None
+    model: nn.Module, batch: int, size: int, regime: precision.Regime | None = None
 ) -> Any:
     """A step of a model that is prepared for its regime; plain float32 without one."""
     clip, labels = torch.randn(batch, 3, FRAMES, size, size), torch.arange(batch)
@@ -92,17 +97,18 @@ def in_regime(name: str) -> tuple[nn.Module, precision.Regime | None]:
     return regime.prepare(build("ours")), regime
 
 
-def both_steps(name: str) -> tuple[Any, Any]:
+def both_steps(name: str, batch: int, size: int) -> tuple[Any, Any]:
     """A training step of ordinary and one of tiny clips, of one model."""
     model, regime = in_regime(name)
     return (
-        training_step(model, BATCH, regime=regime),
-        training_step(model, 2, size=16, regime=regime),
+        training_step(model, batch, size, regime),
+        training_step(model, 2, 16, regime),
     )
 
 
 def inference(model: nn.Module) -> Any:
-    clip = torch.randn(1, 3, FRAMES, SIZE, SIZE)
+    size = clips()[1]
+    clip = torch.randn(1, 3, FRAMES, size, size)
 
     @torch.no_grad()
     def run() -> None:
@@ -137,9 +143,9 @@ def test_same_function() -> None:
 
 @pytest.mark.benchmark(group="model: training step, batch 4, 16x112x112, float32")
 def test_training_step(benchmark: Any) -> None:
-    steps = {name: training_step(build(name), BATCH) for name in ("ours", "peer")}
+    steps = {name: training_step(build(name), *clips()) for name in ("ours", "peer")}
     timings = interleave(steps, rounds=5, warmup=1, budget=120)
-    report(benchmark, timings, BATCH * FRAMES)
+    report(benchmark, timings, clips()[0] * FRAMES)
     benchmark.pedantic(steps["ours"], rounds=1)
 
 
@@ -148,7 +154,7 @@ def test_training_step_by_regime(benchmark: Any) -> None:
     names = ["float32", "float16"]
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         names.append("bfloat16")
-    steps = {name: both_steps(name)[0] for name in names}
+    steps = {name: both_steps(name, *clips())[0] for name in names}
     timings = interleave(steps, rounds=5, warmup=1, budget=120)
     for name in names[1:]:
         ratio = timings.ratio(name, "float32")
@@ -194,7 +200,7 @@ def test_inference(benchmark: Any) -> None:
 def test_peak_memory(benchmark: Any) -> None:
     def measure(name: str, freed: str) -> int:
         here = str(Path(__file__).parent)
-        command = [sys.executable, "-c", MEASURE, here, name, freed]
+        command = [sys.executable, "-c", MEASURE, here, name, freed, *map(str, clips())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return int(json.loads(done.stdout.splitlines()[-1]))
 
