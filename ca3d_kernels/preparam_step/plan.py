@@ -397,10 +397,12 @@ def _derived_like(param: Tensor, group: dict[str, Any]) -> Tensor:
     w = param.detach()
     theta = derived(w, mapping, dtype, rounding)
     finite = theta.isfinite() & restored(theta, mapping, param.dtype, rounding).isfinite()
-    if not bool((finite | ~w.isfinite()).all()):
+    # The published code goes on with infinity, and its rounding is bit for bit that of the code.
+    if rounding != "published" and not bool((finite | ~w.isfinite()).all()):
+        largest = float(w[w.isfinite()].abs().max())
         raise ValueError(
             f"the pre-parameter of a weight of {param.dtype}, shape {tuple(param.shape)} and "
-            f"magnitudes up to {float(w.abs().max()):.4g} isn't finite in {dtype} with {mapping}; "
+            f"magnitudes up to {largest:.4g} isn't finite in {dtype} with {mapping}; "
             "allowed are a scale for which it is, or pre_param_dtype=torch.float32"
         )
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(theta)
