@@ -162,6 +162,7 @@ def _data_set(path: Path) -> dict[str, Any]:
         "classes": classes,
         "splits": {name: len(load_samples(path, name)[0]) for name in splits_of(path)},
         "horizontal flip": declared.horizontal_flip,
+        "reversal": declared.reverse,
         "frames per second": declared.frames_per_second,
     }
 

@@ -50,6 +50,7 @@ class VideoFolder(Dataset[Item | None]):
         decoder: As in `ca3d.data.reader.open_video`.
         flip: Mirror clips in training; None: as `dataset.json` says, else yes unless a class name
             speaks of left or right.
+        reverse: Play clips backwards in training; None: as `dataset.json` says, else no.
         augment: Training only: "light", the published augmentation, or "none".
         list_file: A list to take instead of the split's.
         samples: Videos to take instead of a split's or a list's.
@@ -64,11 +65,12 @@ class VideoFolder(Dataset[Item | None]):
         classes: Class names; a label is an index into them.
         missing: Videos of the list that are not on the disk.
         info: What `dataset.json` says.
-        flip: Whether clips are mirrored in training.
+        flip: Whether clips are mirrored in training, half of them.
+        reverse: Whether clips are played backwards in training, half of them.
 
     Raises:
         UserError: Empty data set, fewer than two classes, a class folder without videos, unknown
-            split, a label that is not in `classes`, or a flip that the data set forbids.
+            split, a label that is not in `classes`, or a change that the data set forbids.
         ValueError: An argument is out of range.
 
     Example:
@@ -93,6 +95,7 @@ class VideoFolder(Dataset[Item | None]):
         std: Sequence[float] | None = None,
         decoder: str = "auto",
         flip: bool | None = None,
+        reverse: bool | None = None,
         augment: str = "light",
         list_file: str | os.PathLike[str] | None = None,
         samples: Sequence[Sample] | None = None,
@@ -127,8 +130,9 @@ class VideoFolder(Dataset[Item | None]):
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = [number[s.label] for s in self.samples]
         self.flip, self._flip_reason = self._flip_choice(flip)
+        self.reverse, self._reverse_reason = self._reverse_choice(reverse)
         self.augment = augment
-        self._augment = training_transform(clip.size, clip.resize, self.flip, augment)
+        self._augment = training_transform(clip.size, clip.resize, self.flip, augment, self.reverse)
         # A region in pixels is one of the files' frames, not of the smaller ones in the cache.
         self._cache = None if clip.view.in_pixels else FrameCache.find(root, cache, clip.resize)
         # Shared with the loader's workers: they see a new epoch though they started before it, and
@@ -209,7 +213,7 @@ class VideoFolder(Dataset[Item | None]):
     @property
     def allowed_transforms(self) -> dict[str, bool]:
         """Which changes of a clip keep its label: horizontal_flip, reverse."""
-        return {"horizontal_flip": self.flip, "reverse": bool(self.info.reverse)}
+        return {"horizontal_flip": self.flip, "reverse": self.reverse}
 
     def center_clip(self, index: int) -> Tensor | None:
         """Returns the centre clip of a video, uint8 (frames, 3, size, size) RGB.
@@ -253,7 +257,7 @@ class VideoFolder(Dataset[Item | None]):
                 "augmentation: random start"
                 f"{', size (p 0.3), rotation (p 0.3), crop (p 0.5)' * (self.augment == 'light')}; "
                 f"horizontal flip {'on' if self.flip else 'off'} ({self._flip_reason}); "
-                "reversal off"
+                f"reversal {'on' if self.reverse else 'off'} ({self._reverse_reason})"
             )
         else:
             lines.append(f"views: {self.clips} clips x {self.crops} crops of each video")
@@ -292,20 +296,30 @@ class VideoFolder(Dataset[Item | None]):
         return classes
 
     def _flip_choice(self, asked: bool | None) -> tuple[bool, str]:
-        declared = self.info.horizontal_flip
-        if asked and declared is False:
-            raise UserError(
-                f"{self.root}: dataset.json says that a mirrored video changes its label: leave "
-                "flip unset"
-            )
-        if asked is not None:
-            return asked, "as asked for"
-        if declared is not None:
-            return declared, "as dataset.json says"
+        choice = self._choice("flip", "mirrored video", asked, self.info.horizontal_flip)
+        if choice is not None:
+            return choice
         sided = sided_classes(self.classes)
         if sided:
             return False, f"the class name {sided[0]!r} speaks of a side"
         return True, "no class name speaks of left or right"
+
+    def _reverse_choice(self, asked: bool | None) -> tuple[bool, str]:
+        choice = self._choice("reverse", "video played backwards", asked, self.info.reverse)
+        return choice or (False, "dataset.json does not allow it")
+
+    def _choice(
+        self, name: str, changed: str, asked: bool | None, declared: bool | None
+    ) -> tuple[bool, str] | None:
+        """Whether a change of clips was asked for or declared, and which; None: neither."""
+        if asked and declared is False:
+            raise UserError(
+                f"{self.root}: dataset.json says that a {changed} changes its label: leave {name} "
+                "unset"
+            )
+        if asked is not None:
+            return asked, "as asked for"
+        return None if declared is None else (declared, "as dataset.json says")
 
     def _reader(self, index: int) -> VideoReader:
         path = self.samples[index].path

@@ -1,6 +1,7 @@
 """What happens to the frames of a clip between reading and the model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +14,33 @@ COLORS = ("rgb", "bgr")
 AUGMENTATIONS = ("light", "none")
 
 
+class _Reverse(v2.Transform):
+    """Plays (..., T, 3, H, W) frames backwards."""
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        return inpt.flip(-4)
+
+
 def training_transform(
-    size: int, resize: int, flip: bool = True, augment: str = "light"
+    size: int, resize: int, flip: bool = True, augment: str = "light", reverse: bool = False
 ) -> v2.Transform:
     """Builds the augmentation of training clips: one draw for all frames of a clip.
 
     "light" is that of the published recipe. Horizontal flip (p 0.5, where the label allows it);
     shorter side to a random size from 0.8 to 1.25 of `resize` (p 0.3); rotation by up to 10
     degrees (p 0.3); a crop of 1.25 of `size` and in it a random crop (p 0.5); at last the centre
-    crop. Whatever lies outside a frame is black. "none" leaves the flip and the centre crop.
+    crop; backwards (p 0.5, where the label allows it). Whatever lies outside a frame is black.
+    "none" leaves flip, reversal and the centre crop.
 
     Args:
         size: Height and width of the result in pixels.
         resize: Shorter side in pixels of the frames that come in.
         flip: Whether a mirrored clip keeps its label.
         augment: "light" or "none".
+        reverse: Whether a clip played backwards keeps its label.
 
     Returns:
-        A torchvision v2 transform for (..., H, W) videos.
+        A torchvision v2 transform for (..., T, 3, H, W) videos.
 
     Raises:
         ValueError: Unknown augmentation.
@@ -50,7 +60,10 @@ def training_transform(
             v2.RandomApply([v2.RandomRotation(10.0, expand=True)], p=0.3),
             v2.RandomApply([v2.CenterCrop(int(1.25 * size)), v2.RandomCrop(size)], p=0.5),
         ]
-    return v2.Compose([*steps, v2.CenterCrop(size)])
+    steps.append(v2.CenterCrop(size))
+    if reverse:
+        steps.append(v2.RandomApply([_Reverse()], p=0.5))
+    return v2.Compose(steps)
 
 
 def evaluation_crops(clip: Tensor, size: int, crops: int = 1) -> Tensor:

@@ -76,6 +76,11 @@ class TrainConfig(SplitOptions):
     flip: bool | None = option(
         None, "Mirror training clips at random (default: as the data set declares)", "Clips"
     )
+    reverse: bool | None = option(
+        None,
+        "Play training clips backwards at random (default: as the data set declares, else no)",
+        "Clips",
+    )
     augment: Literal["light", "none"] = option(
         "light", "'light': the published draws of size, rotation and crop", "Clips"
     )

@@ -192,7 +192,9 @@ def prepare_data(
         write_json(folder / "data.json", known)
     options: dict[str, Any] = {"mean": mean, "std": std}
     flip = True if published and config.flip is None else config.flip
-    train = open_split("train", True, flip=flip, augment=config.augment, **options)
+    reverse = False if published and config.reverse is None else config.reverse
+    changes: dict[str, Any] = {"flip": flip, "reverse": reverse, "augment": config.augment}
+    train = open_split("train", True, **changes, **options)
     say(train.describe())
     if background_index(classes) is not None:
         say("class background: learnt as any other class; `ca3d watch` never reports it")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ca3d.data.folder import VideoFolder, collate
@@ -232,6 +233,35 @@ class TestFlip:
         assert not self.make(self.declared(root, True), flip=False).flip
         (root / "walk").rename(root / "turn_left")
         assert self.make(root).flip
+
+    def test_reversal(self, root):
+        assert "reversal off (dataset.json does not allow it)" in self.make(root).describe()
+        asked = self.make(root, reverse=True)
+        assert asked.allowed_transforms["reverse"]
+        assert "reversal on (as asked for)" in asked.describe()
+        (root / "dataset.json").write_text('{"reverse": true}')
+        assert "reversal on (as dataset.json says)" in self.make(root).describe()
+        assert not self.make(root, reverse=False).reverse
+        (root / "dataset.json").write_text('{"reverse": false}')
+        assert not self.make(root).reverse
+        with pytest.raises(UserError, match="a video played backwards changes its label"):
+            self.make(root, reverse=True)
+
+    def test_half_of_the_clips_are_reversed(self, root):
+        def clips(reverse: bool) -> list[Tensor]:
+            data = self.make(root, flip=False, augment="none", reverse=reverse)
+            seen = []
+            for epoch in range(20):
+                data.set_epoch(epoch)
+                seen.append(data[0][0])
+            return seen
+
+        backwards = 0
+        for changed, plain in zip(clips(True), clips(False), strict=True):
+            assert not torch.equal(plain, plain.flip(1))
+            backwards += torch.equal(changed, plain.flip(1))
+            assert torch.equal(changed, plain) or torch.equal(changed, plain.flip(1))
+        assert 3 <= backwards <= 17
 
 
 class TestClasses:
