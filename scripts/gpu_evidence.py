@@ -283,11 +283,9 @@ TRAFFIC = """
 
 The PTX for sm_90, run on the CPU on a small problem: what its threads ask for, against every
 operand read once and every result written once. A value that all threads of a warp read is counted
-once a thread in the bytes, though it moves one sector: the step's table and numbers show there.
+once a thread in the bytes, though it moves one sector: the step's flag shows there.
 The step's search for overflows comes after another step, whose magnitudes tell that nothing can
-overflow: its minimum are the gradients; the first search reads theta and momentum too. Triton's
-warps each read ten numbers and table entries for their 1024 elements, which beside 2 bytes an
-element count.
+overflow: its minimum are the gradients; the first search reads theta and momentum too.
 Clips longer than a tile are read with their halo, most of which a GPU finds in its caches. Triton's
 tiles hold 64 rows; 32 in float32, and in a backward pass with a head_dim above 64; 16 in float32
 with a head_dim above 64: more would not fit into registers. With a window of 5 frames a longer clip

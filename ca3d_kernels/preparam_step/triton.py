@@ -19,6 +19,7 @@ from ca3d_kernels.triton_launch import Launch
 from ca3d_kernels.uploads import Uploads
 
 CHUNK = 4096  # elements that a program steps
+WARPS = 8  # of a program: a thread with more than 16 elements spills registers on some GPUs
 _TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -193,8 +194,6 @@ def launches(
             constants["random"] = None
     if largest is None:
         constants["largest"] = None
-    # With 32 elements in a thread this one spills registers on sm_120.
-    num_warps = 8 if constants["ROUNDING"] == "stochastic" and largest is not None else 4
     tables = _tables(batch) if tables is None else tables
     ends = itertools.accumulate(len(table) for _, table in tables)
     return [
@@ -207,8 +206,8 @@ def launches(
                 "found_inf": numbers if found_inf is None else found_inf,
                 **({} if largest is None else {"largest": largest[2 * (end - len(table)) :]}),
             },
-            {"CHUNK": CHUNK, "ALIGNED": aligned, **constants},
-            num_warps=num_warps,
+            {"CHUNK": CHUNK, "ALIGNED": aligned, "THREADS": 32 * WARPS, **constants},
+            num_warps=WARPS,
             reached=(
                 *batch.params,
                 *batch.grads,

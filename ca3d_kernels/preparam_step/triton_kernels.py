@@ -29,15 +29,41 @@ _FIRST, _NUMBER = tl.constexpr(6), tl.constexpr(7)
 
 
 @triton.jit
-def _field(table, field: tl.constexpr):
-    """Column `field` of this program's row."""
-    return tl.load(table + tl.program_id(0).to(tl.int64) * COLUMNS + field)
+def _read_once(numbers, COUNT: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr):
+    """(WIDTH,): COUNT numbers from memory, each read by one thread and then known to all; zeros.
+
+    Every thread would ask for a number that `tl.load` reads alone: eight bytes of a chunk's row
+    were a kilobyte.
+    """
+    i = tl.arange(0, THREADS)
+    x = tl.load(numbers + i, mask=i < COUNT, other=0)
+    return tl.sum(tl.reshape(x, (THREADS // WIDTH, WIDTH)), 0)
 
 
 @triton.jit
-def _address(table, field: tl.constexpr, kind: tl.constexpr, ALIGNED: tl.constexpr):
-    """Address in column `field` of this program's row, as a pointer to elements of a type."""
-    return tl.multiple_of(_field(table, field).to(tl.pointer_type(kind)), ALIGNED)
+def _entry(numbers, i: tl.constexpr):
+    """Entry i of `_read_once`'s numbers, as a scalar."""
+    return tl.sum(tl.where(tl.arange(0, numbers.shape[0]) == i, numbers, 0), 0)
+
+
+@triton.jit
+def _row(chunks, THREADS: tl.constexpr):
+    """This program's row of the table of chunks."""
+    first = chunks + tl.program_id(0).to(tl.int64) * COLUMNS
+    return _read_once(first, COLUMNS, COLUMNS, THREADS)
+
+
+@triton.jit
+def _address(row, field: tl.constexpr, kind: tl.constexpr, ALIGNED: tl.constexpr):
+    """Address in column `field` of a row, as a pointer to elements of a type."""
+    return tl.multiple_of(_entry(row, field).to(tl.pointer_type(kind)), ALIGNED)
+
+
+@triton.jit
+def _hyperparameters(hyper, REAL: tl.constexpr, THREADS: tl.constexpr):
+    """lr, momentum, 1 - dampening, weight decay, c and k."""
+    x = _read_once(hyper, 6, 8, THREADS).to(REAL)
+    return _entry(x, 0), _entry(x, 1), _entry(x, 2), _entry(x, 3), _entry(x, 4), _entry(x, 5)
 
 
 @triton.jit
@@ -54,21 +80,21 @@ def _elements(CHUNK: tl.constexpr, PARAM: tl.constexpr, PRE_PARAM: tl.constexpr)
 
 
 @triton.jit
-def _words(chunks, random, at, COUNT: tl.constexpr):
-    """Random words of the elements `at` .. `at` + COUNT - 1 of this program's chunk.
+def _words(row, random, at, COUNT: tl.constexpr):
+    """Random words of the elements `at` .. `at` + COUNT - 1 of a row's chunk.
 
     Theta takes the low half of a word, the momentum the high one; see `philox.Draws`. COUNT is a
     multiple of 32, or 16; `at` is a multiple of 16, and of 32 if COUNT is.
     """
-    place = _field(chunks, _FIRST) + at
+    place = _entry(row, _FIRST) + at
     HALVES: tl.constexpr = 2 if COUNT > 16 else 1  # of a group of 32 elements
     GROUPS: tl.constexpr = COUNT // (16 * HALVES)
     block = (place // 32) * 4 + tl.arange(0, 4 * GROUPS)
     zero = tl.zeros_like(block).to(tl.uint32)
-    number = zero + _field(chunks, _NUMBER).to(tl.uint32)
-    step = zero + tl.load(random + 1).to(tl.uint32)
+    number = zero + _entry(row, _NUMBER).to(tl.uint32)
+    step = zero + _entry(random, 1).to(tl.uint32)
     low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(tl.load(random), low, high, number, step)
+    a, b, c, d = tl.philox(_entry(random, 0), low, high, number, step)
     shared = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (GROUPS, 16))
     swapped = (shared << 16) | (shared >> 16)
     if HALVES == 2:
@@ -120,12 +146,7 @@ def _stepped(
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """New w, theta, m and r of elements i, as they are stored; one that isn't stored is theta."""
-    lr = tl.load(hyper).to(REAL)
-    momentum = tl.load(hyper + 1).to(REAL)
-    fresh = tl.load(hyper + 2).to(REAL)  # 1 - dampening
-    weight_decay = tl.load(hyper + 3).to(REAL)
-    scale = tl.load(hyper + 4).to(REAL)
-    gradient_scale = tl.load(hyper + 5).to(REAL)
+    lr, momentum, fresh, weight_decay, scale, gradient_scale = hyper
     b_g = tl.load(g + i, mask=inside, other=0).to(REAL)
     b_theta = tl.load(theta + i, mask=inside, other=0).to(REAL)
     total = b_theta
@@ -189,7 +210,7 @@ def _largest_magnitude(x, REAL: tl.constexpr):
 def _gradients_suffice(
     largest, g, i, bulk, count, hyper,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Whether the gradients, and the magnitudes that the last step left of this program's chunk,
     tell that nothing can overflow, on the way or at the end.
@@ -203,26 +224,21 @@ def _gradients_suffice(
         most = tl.maximum(
             most, _largest_magnitude(tl.load(g + last, mask=last < count, other=0), REAL)
         )
-    lr = tl.abs(tl.load(hyper).to(REAL))
-    momentum = tl.abs(tl.load(hyper + 1).to(REAL))
-    fresh = tl.abs(tl.load(hyper + 2).to(REAL))
-    weight_decay = tl.abs(tl.load(hyper + 3).to(REAL))
-    scale = tl.abs(tl.load(hyper + 4).to(REAL))
-    gradient_scale = tl.abs(tl.load(hyper + 5).to(REAL))
-    largest += 2 * tl.program_id(0).to(tl.int64)
+    lr, momentum, fresh, weight_decay, scale, gradient_scale = hyper
+    known = _read_once(largest + 2 * tl.program_id(0).to(tl.int64), 2, 2, THREADS)
     # A compensation is at most half an ulp of theta: 2^-8 of it in bfloat16.
-    theta = tl.load(largest) * (1 + 1 / 256)
-    d = most * gradient_scale + theta * weight_decay
+    theta = _entry(known, 0) * (1 + 1 / 256)
+    d = most * tl.abs(gradient_scale) + theta * tl.abs(weight_decay)
     m = d
     if MOMENTUM:
-        m = tl.load(largest + 1) * momentum + d * fresh
-    update = d + m * momentum if NESTEROV else m
-    stepped = (theta + update * lr) * 1.01
+        m = _entry(known, 1) * tl.abs(momentum) + d * tl.abs(fresh)
+    update = d + m * tl.abs(momentum) if NESTEROV else m
+    stepped = (theta + update * tl.abs(lr)) * 1.01
     return (
         (update * 1.01 < float("inf"))
         & (m * 1.01 < largest_finite(PRE_PARAM).to(REAL))
         & (stepped < largest_finite(PRE_PARAM).to(REAL))
-        & (stepped < largest_finite(PARAM).to(REAL) * scale)
+        & (stepped < largest_finite(PARAM).to(REAL) * tl.abs(scale))
     )
 
 
@@ -246,7 +262,7 @@ def _not_finite(
 @triton.jit
 def preparam_sgd_step(
     chunks, hyper, random, found_inf, largest,
-    CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, ALIGNED: tl.constexpr, THREADS: tl.constexpr,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
     PREDICATED: tl.constexpr,
@@ -259,22 +275,26 @@ def preparam_sgd_step(
     if PREDICATED:  # noqa: SIM102
         if tl.load(found_inf) != 0:
             return
-    w = _address(chunks, 0, PARAM, ALIGNED)
-    g = _address(chunks, 1, PARAM, ALIGNED)
-    theta = _address(chunks, 2, PRE_PARAM, ALIGNED)
-    m = _address(chunks, 3, PRE_PARAM, ALIGNED)
-    r = _address(chunks, _COMPENSATION, PRE_PARAM, ALIGNED)
-    count = _field(chunks, _COUNT).to(tl.int32)
+    row = _row(chunks, THREADS)
+    w = _address(row, 0, PARAM, ALIGNED)
+    g = _address(row, 1, PARAM, ALIGNED)
+    theta = _address(row, 2, PRE_PARAM, ALIGNED)
+    m = _address(row, 3, PRE_PARAM, ALIGNED)
+    r = _address(row, _COMPENSATION, PRE_PARAM, ALIGNED)
+    count = _entry(row, _COUNT).to(tl.int32)
+    hyper = _hyperparameters(hyper, REAL, THREADS)
     bulk = count // _STEP * _STEP
     i = _elements(CHUNK, PARAM, PRE_PARAM)
-    words = _words(chunks, random, 0, CHUNK) if ROUNDING == "stochastic" else 0
+    if ROUNDING == "stochastic":
+        random = _read_once(random, 2, 2, THREADS)
+    words = _words(row, random, 0, CHUNK) if ROUNDING == "stochastic" else 0
     most_theta, most_m = _step_elements(
         w, g, theta, m, r, words, i, i < bulk, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
     )  # fmt: skip
     if bulk < count:
         last = bulk + tl.arange(0, _STEP)
-        last_words = _words(chunks, random, bulk, _STEP) if ROUNDING == "stochastic" else 0
+        last_words = _words(row, random, bulk, _STEP) if ROUNDING == "stochastic" else 0
         last_theta, last_m = _step_elements(
             w, g, theta, m, r, last_words, last, last < count, hyper,
             PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
@@ -290,7 +310,7 @@ def preparam_sgd_step(
 @triton.jit
 def preparam_sgd_overflows(
     chunks, hyper, found_inf, largest,
-    CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, ALIGNED: tl.constexpr, THREADS: tl.constexpr,
     PARAM: tl.constexpr, PRE_PARAM: tl.constexpr, REAL: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
@@ -298,18 +318,20 @@ def preparam_sgd_overflows(
 
     `largest` is what the last step left there: true, or NaN. None if nothing is known.
     """
-    g = _address(chunks, 1, PARAM, ALIGNED)
-    count = _field(chunks, _COUNT).to(tl.int32)
+    row = _row(chunks, THREADS)
+    g = _address(row, 1, PARAM, ALIGNED)
+    count = _entry(row, _COUNT).to(tl.int32)
+    hyper = _hyperparameters(hyper, REAL, THREADS)
     bulk = count // _STEP * _STEP
     i = _elements(CHUNK, PARAM, PRE_PARAM)
     if largest is not None:  # noqa: SIM102
         if _gradients_suffice(
-            largest, g, i, bulk, count, hyper, PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV
+            largest, g, i, bulk, count, hyper, PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, THREADS
         ):
             return
-    theta = _address(chunks, 2, PRE_PARAM, ALIGNED)
-    m = _address(chunks, 3, PRE_PARAM, ALIGNED)
-    r = _address(chunks, _COMPENSATION, PRE_PARAM, ALIGNED)
+    theta = _address(row, 2, PRE_PARAM, ALIGNED)
+    m = _address(row, 3, PRE_PARAM, ALIGNED)
+    r = _address(row, _COMPENSATION, PRE_PARAM, ALIGNED)
     found = _not_finite(
         g, g, theta, m, r, i, i < bulk, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,

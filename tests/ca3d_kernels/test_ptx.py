@@ -387,8 +387,6 @@ def test_traffic_of_the_step(wide: str) -> None:
     ):
         (launch,) = step.launches(batch, found, overflows=overflows, largest=remembered)
         share([launch])
-        # Not bytes: a number that all threads read is one sector, but counted once a thread. A warp
-        # reads ten such numbers, from the first-level cache but once; beside 2 bytes an element
-        # they count.
         traffic = run(launch, "sm_90")
-        assert 32 * traffic.sectors <= (1.1 if least > 2 else 1.25) * least * 16384
+        assert traffic.bytes <= 1.05 * least * 16384
+        assert 32 * traffic.sectors <= 1.1 * traffic.bytes
