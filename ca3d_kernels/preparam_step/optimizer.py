@@ -219,8 +219,8 @@ class PreParamSGD(Optimizer):
             RuntimeError: a gradient is sparse, or stochastic rounding is captured in a CUDA graph.
             TypeError: `found_inf` or `grad_scale` is not a tensor.
             ValueError: an option of a group has become invalid, `found_inf` or `grad_scale` has
-                more than one element, a weight's pre-parameter isn't finite, or the demanded
-                backend can't run here.
+                more than one element, a weight's pre-parameter isn't finite (which the
+                published rounding allows), or the demanded backend can't run here.
 
         Example:
             >>> w = torch.nn.Parameter(torch.ones(2))

@@ -141,7 +141,9 @@ def _run(path: Path) -> dict[str, Any]:
         content["best epoch"] = at["best_epoch"] + 1
         content["best validation accuracy"] = round(at["best_accuracy"], 4)
         if state["rows"]:
-            content["last epoch"] = {k: v for k, v in state["rows"][-1].items() if v == v}
+            # Rows count epochs from 0.
+            row = {**state["rows"][-1], "epoch": state["rows"][-1]["epoch"] + 1}
+            content["last epoch"] = {k: v for k, v in row.items() if v == v}
     results = path / "test" / "results.json"
     if results.is_file():
         content["test"] = json.loads(results.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -12,6 +13,9 @@ from typing import Any
 from ca3d.cli.parser import make_parser, parse
 from ca3d.cli.table import INSTALL, load
 from ca3d.errors import UserError
+
+# Commands that train beside processes that read videos.
+_TRAINING = ("train", "demo", "compare", "study")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments:
             make_parser("-").print_help()
             return 2
+        if arguments[0] in _TRAINING and "torch" not in sys.modules:
+            # At every layer OpenMP's threads wait for the slowest: they must not spin meanwhile on
+            # the cores that reading processes need. It is read when torch is loaded.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         command, config = parse(arguments)
         name = f"ca3d {command.name}"
         run: Callable[[Any], int | None] = load(command.run)

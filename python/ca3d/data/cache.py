@@ -149,7 +149,8 @@ def build(
     Args:
         root: The data set; the videos of all its splits are taken.
         out: Cache folder; None for ROOT/.ca3d-cache, where `VideoFolder` finds it.
-        short_side: Pixels of a frame's shorter side. Larger than a clip needs is allowed.
+        short_side: Pixels of a frame's shorter side, at most. Larger than a clip needs is allowed;
+            smaller videos keep their size.
         format: "jpeg" (about 5 to 11 kB a frame of 112 pixels), or "npy" (exact and faster to
             read, about 50 kB).
         workers: Videos at a time.
@@ -286,6 +287,8 @@ def _write_frames(
     """Writes a video's frames; returns the byte offsets of the images and (width, height)."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     offsets, size = [0], (0, 0)
+    # A small video loses nothing as it is.
+    short_side = min(short_side, reader.width, reader.height)
     try:
         with temporary.open("wb") as stream:
             for start in range(0, reader.num_frames, _CHUNK):

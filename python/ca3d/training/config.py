@@ -250,6 +250,8 @@ class TrainConfig(SplitOptions):
             all(m >= 0 for m in milestones) and list(milestones) == sorted(milestones)
         )
         _check(self, "milestones", fine, "ascending epochs of at least 0")
+        if milestones is not None and self.schedule != "published":
+            raise UserError(f"--milestones are those of --schedule published, not {self.schedule}")
 
     def _validate_published(self) -> None:
         """Raises `UserError` for an option that the published protocol fixes."""

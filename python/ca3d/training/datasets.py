@@ -320,6 +320,8 @@ def _splits(config: TrainConfig, say: Callable[[str], None]) -> tuple[dict[str, 
             f"no validation split: {len(parts['val'])} training videos are kept for it"
             f" (seed {config.split_seed})"
         )
+    elif config.group is not None:
+        say("--group is not used: nothing is divided at random")
     return parts, name
 
 

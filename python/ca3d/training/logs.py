@@ -16,6 +16,21 @@ from ca3d.training.checkpoint import write_file
 Row = dict[str, Any]
 
 
+def summary_writer() -> Any:
+    """TensorBoard's class that writes logs.
+
+    Raises:
+        ca3d.errors.UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "--tensorboard needs a package that is missing; run: pip install tensorboard"
+        ) from error
+    return SummaryWriter
+
+
 class MetricsLog:
     """One row of figures an epoch, in `metrics.csv` and `metrics.jsonl`.
 
@@ -46,13 +61,7 @@ class MetricsLog:
         self.rows = list(rows or [])
         self._writer: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError(
-                    "--tensorboard needs a package that is missing; run: pip install tensorboard"
-                ) from error
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            self._writer = summary_writer()(str(folder / "tensorboard"))
 
     def add(self, row: Row) -> None:
         """Adds a row and writes the files.

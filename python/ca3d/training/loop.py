@@ -25,7 +25,7 @@ from ca3d.training.device import choose_device
 from ca3d.training.distributed import World, connect
 from ca3d.training.interrupt import SignalGuard, StoppedError
 from ca3d.training.loader import default_workers, epoch_batches, load_batches
-from ca3d.training.logs import MetricsLog, Row
+from ca3d.training.logs import MetricsLog, Row, summary_writer
 from ca3d.training.progress import Reporter, Status, create
 from ca3d.training.run_folder import RunFolder
 from ca3d.training.schedule import Schedule
@@ -59,6 +59,10 @@ def train(config: TrainConfig) -> TrainResult:
         models.registry.check_name(config.model)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
+    if config.tensorboard:
+        summary_writer()
+    if config.freeze is not None:
+        fine_tuning.names_to_freeze(config.freeze)
     regime = precision.create(config.precision, **config.precision_options)
     device = choose_device(config.device)
     if regime.compact:

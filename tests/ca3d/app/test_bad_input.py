@@ -139,6 +139,7 @@ def test_train_names_what_is_wrong_with_its_options(
         (["--init-from", str(bars / "up" / "00.avi")], "00.avi"),
         (["--init-from", str(trained), "--model-options.widths", "[8,8,8,8]"], "does not fit"),
         (["--freeze", "nothing"], "matches no parameter"),
+        (["--freeze", "("], "no regular expression"),
         (["--train-list", "missing.csv"], "missing.csv"),
         (["--val-list", "a.csv"], "need --train-list"),
         (["--frames", "3"], "frames"),

@@ -63,6 +63,15 @@ def test_help_does_not_import_torch() -> None:
         assert "usage: ca3d" in python("-c", code, *words)
 
 
+def test_threads_sleep_while_they_wait_in_training_alone() -> None:
+    code = (
+        "import os, sys\nos.environ.pop('OMP_WAIT_POLICY', None)\nfrom ca3d.cli import main\n"
+        "main([*sys.argv[1:], 'missing'])\nprint(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    assert python("-c", code, "train").endswith("PASSIVE\n")
+    assert python("-c", code, "info").endswith("None\n")
+
+
 def test_importing_the_package_is_cheap() -> None:
     python("-c", "import ca3d, sys; assert 'torch' not in sys.modules; ca3d.load")
 

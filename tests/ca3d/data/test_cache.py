@@ -54,6 +54,13 @@ class TestReading:
         assert cached.shape == (12, 3, 4, 32, 32)
         assert (cached - clips(root, None, training=False)).abs().mean() < 0.03
 
+    def test_small_videos_keep_their_size(self, root):
+        video = next(root.glob("*/*.avi"))
+        build(root, short_side=200, format="npy")
+        with FrameCache(root / ".ca3d-cache", root).open(video) as cached, open_video(video) as own:
+            assert (cached.width, cached.height) == (own.width, own.height)
+        assert (clips(root, "auto") - clips(root, None)).abs().mean() < 0.03
+
     def test_frame_rate_times_and_size_are_kept(self, root, write_video):
         from fractions import Fraction
 

@@ -69,3 +69,5 @@ def test_options_that_contradict_each_other() -> None:
         TrainConfig(data="d", out="o", size=32, resize=20).validate()
     with pytest.raises(UserError, match="together"):
         TrainConfig(data="d", out="o", mean=[0.5, 0.5, 0.5]).validate()
+    with pytest.raises(UserError, match="--milestones are those of --schedule published, not con"):
+        TrainConfig(data="d", out="o", schedule="constant", milestones=[3]).validate()

@@ -84,6 +84,7 @@ def test_the_class_background_is_one_of_a_mocap_set(tmp_path):
     ("name", "options", "said"),
     [
         ("motion-order", {"background": True}, "background is for the mocap sets"),
+        ("mocap15", {"segments": 3}, "segments is for motion-order, not for 'mocap15'"),
         ("mocap15-untrimmed", {"background": True}, "background is for the mocap sets"),
         ("mocap15-untrimmed", {"size": {"train": 1}}, "expected of val, test"),
         ("mocap15-untrimmed", {"size": {"test": 0}}, "asks for no video"),

@@ -149,6 +149,8 @@ def make(
     )
     if background and (untrimmed or not name.startswith("mocap")):
         raise ValueError(f"background is for the mocap sets, not for {name!r}")
+    if segments != 2 and not name.startswith("motion-order"):
+        raise ValueError(f"segments is for motion-order, not for {name!r}")
     if views not in YAW:
         raise ValueError(f"views is {views!r}, expected one of {', '.join(map(repr, YAW))}")
     if recipe.frames < recipe.least_frames:
