@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import attempt, run, tool
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TESTS = (

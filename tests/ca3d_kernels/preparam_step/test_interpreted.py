@@ -3,7 +3,7 @@
 import pytest
 from interpreter_process import needs_triton, run_interpreted
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, pytest.mark.long]
 
 
 def test_parity() -> None:

@@ -1,8 +1,9 @@
 """`interpreted.py`, with the Triton kernels in Triton's interpreter."""
 
+import pytest
 from interpreter_process import needs_triton, run_interpreted
 
-pytestmark = needs_triton
+pytestmark = [*needs_triton, pytest.mark.long]
 
 
 def test_parity() -> None:
