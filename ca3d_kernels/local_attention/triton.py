@@ -14,7 +14,7 @@ from ca3d_kernels.triton_launch import Launch
 
 _CPU = torch.device("cpu")
 # Numbers of the operand's dtype that hold a float32 weight; 1 multiplies in float32.
-_PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 @functools.cache
@@ -87,13 +87,13 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
     """The launch of a kernel on operands (outer, inner, heads, T, head_dim), by their names."""
     q = operands["q"]
     outer, inner, heads, frames, head_dim = q.shape
-    if q.dtype not in _PARTS:
+    if q.dtype not in PARTS:
         raise UnsupportedInputError(f"dtype {q.dtype} is not float16, bfloat16 or float32")
     if head_dim > 128:
         raise UnsupportedInputError(f"head_dim {head_dim} is above 128")
     if options.key_table and options.kernel_size > 127:
         raise UnsupportedInputError(f"kernel_size {options.kernel_size} is above 127")
-    parts = _PARTS[q.dtype] if triton_launch.has_tensor_cores(q.device) else 1
+    parts = PARTS[q.dtype] if triton_launch.has_tensor_cores(q.device) else 1
     backward = "do" in operands
     cut = tile(
         heads, frames, options, largest=_largest(parts, head_dim, options, backward=backward),

@@ -13,12 +13,11 @@ from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.local_attention import triton as attention
 from ca3d_kernels.local_attention.op import Options
-from ca3d_kernels.local_attention.triton import key_counts, window
+from ca3d_kernels.local_attention.triton import PARTS, key_counts, window
 from ca3d_kernels.qkv_attention import triton_kernels, triton_table_kernels
 from ca3d_kernels.qkv_attention.tiling import limit, table_tile, tile_for
 from ca3d_kernels.triton_launch import Argument, Launch
 
-_PARTS = {torch.float16: 2, torch.bfloat16: 3}
 _WARPS = {"qkv_attention_forward": 4, "qkv_attention_backward": 8}
 # A program loads its head's weights once: few programs for each head, but enough for a large GPU.
 _PROGRAMS_PER_HEAD = {"qkv_attention_forward": 256, "qkv_attention_backward": 64}
@@ -62,7 +61,7 @@ def _shared_arguments(
     constants = {
         "HEAD_DIM": head_dim,
         "ALIGNED": triton_launch.alignment(*images.values()),
-        "PARTS": _PARTS[x.dtype],
+        "PARTS": PARTS[x.dtype],
         "BIAS": "none" if bias is None else "frame" if per_frame else "head",
     }
     return arguments, constants

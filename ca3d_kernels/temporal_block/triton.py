@@ -1,18 +1,16 @@
 """Launches the Triton kernel of the folded temporal half of a CAST block."""
 
-import torch
 from torch import Tensor
 
 from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.local_attention.op import Options
-from ca3d_kernels.local_attention.triton import window
+from ca3d_kernels.local_attention.triton import PARTS, window
 from ca3d_kernels.temporal_block import triton_kernels
 from ca3d_kernels.temporal_block.op import Weights
 from ca3d_kernels.temporal_block.tiling import ROWS, frames_of_a_tile, limit, tiles
 from ca3d_kernels.triton_launch import Argument, Launch
 
-_PARTS = {torch.float16: 2, torch.bfloat16: 3}
 # Few programs for each head, whose weights then stay near, but enough for a large GPU.
 _PROGRAMS_PER_HEAD = 256
 
@@ -57,7 +55,7 @@ def launch(x: Tensor, weights: Weights, out: Tensor, options: Options) -> Launch
     constants = {
         "HEAD_DIM": head_dim,
         "ALIGNED": triton_launch.alignment(x, out),
-        "PARTS": _PARTS[x.dtype],
+        "PARTS": PARTS[x.dtype],
         "ROWS": ROWS,
         "FRAMES": frames_of_a_tile(frames),
     }
