@@ -22,6 +22,7 @@ def launch(x: Tensor, weights: Weights, out: Tensor, options: Options) -> Launch
         UnsupportedInputError: naming the limit of the kernel.
 
     Example:
+        >>> import torch
         >>> x = torch.empty(2, 8, 196, 256, dtype=torch.float16, device="meta")
         >>> shapes = Weights.shapes(heads=4, head_dim=64, frames=8, convolutions=4).values()
         >>> weights = Weights(*(x.new_empty(shape) for shape in shapes))
