@@ -30,10 +30,10 @@ _FIRST, _NUMBER = tl.constexpr(6), tl.constexpr(7)
 
 @triton.jit
 def _read_once(numbers, COUNT: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr):
-    """(WIDTH,): COUNT numbers from memory, each read by one thread and then known to all; zeros.
+    """(WIDTH,): COUNT numbers from memory, and zeros behind them, known to all threads.
 
-    Every thread would ask for a number that `tl.load` reads alone: eight bytes of a chunk's row
-    were a kilobyte.
+    One thread reads each. A scalar `tl.load` is one of every thread: 256 of them would ask for two
+    kilobytes to learn eight bytes.
     """
     i = tl.arange(0, THREADS)
     x = tl.load(numbers + i, mask=i < COUNT, other=0)

@@ -73,7 +73,7 @@ def initialize_from(model: nn.Module, classes: Sequence[str], file: str | Path) 
     return report
 
 
-def names_to_freeze(pattern: str) -> re.Pattern[str]:
+def freeze_pattern(pattern: str) -> re.Pattern[str]:
     """Compiles the pattern of `freeze`.
 
     Args:
@@ -83,7 +83,7 @@ def names_to_freeze(pattern: str) -> re.Pattern[str]:
         ca3d.errors.UserError: It is none.
 
     Example:
-        >>> bool(names_to_freeze("(?!classifier)").match("stem.weight"))
+        >>> bool(freeze_pattern("(?!classifier)").match("stem.weight"))
         True
     """
     try:
@@ -109,7 +109,7 @@ def freeze(model: nn.Module, pattern: str) -> list[str]:
         >>> freeze(nn.Linear(2, 2), "bias")
         ['bias']
     """
-    matcher = names_to_freeze(pattern)
+    matcher = freeze_pattern(pattern)
     names = [name for name, _ in model.named_parameters()]
     frozen = [name for name in names if matcher.match(name)]
     if not frozen or len(frozen) == len(names):

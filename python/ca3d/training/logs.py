@@ -17,7 +17,10 @@ Row = dict[str, Any]
 
 
 def summary_writer() -> Any:
-    """TensorBoard's class that writes logs.
+    """TensorBoard's class that writes logs, which is not needed otherwise.
+
+    Returns:
+        `torch.utils.tensorboard.SummaryWriter`.
 
     Raises:
         ca3d.errors.UserError: TensorBoard is not installed.

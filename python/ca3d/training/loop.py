@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> TrainResult:
     if config.tensorboard:
         summary_writer()
     if config.freeze is not None:
-        fine_tuning.names_to_freeze(config.freeze)
+        fine_tuning.freeze_pattern(config.freeze)
     regime = precision.create(config.precision, **config.precision_options)
     device = choose_device(config.device)
     if regime.compact:
