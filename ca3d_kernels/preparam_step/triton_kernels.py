@@ -190,6 +190,9 @@ def _step_elements(
         w, g, theta, m, r, words, i, inside, hyper,
         PARAM, PRE_PARAM, REAL, MOMENTUM, NESTEROV, ROUNDING,
     )  # fmt: skip
+    if i.shape[0] == _STEP:
+        # Every warp holds these few elements: none may read them after another has written.
+        tl.debug_barrier()
     tl.store(w + i, new_w, mask=inside)
     tl.store(theta + i, new_theta, mask=inside)
     if MOMENTUM:

@@ -122,7 +122,8 @@ def run_planned(ptx: str, launch: Any) -> Traffic:
 def races(launch: Launch, arch: str, *, replicated_stores: bool = False) -> str:
     """What the thread sanitizer says about a launch on CPU tensors; nothing if all is well.
 
-    The tensors are copied and results are lost.
+    The tensors are copied and results are lost. If the kernel reaches tensors through addresses,
+    its first argument is the table of these.
 
     Args:
         launch: of a Triton kernel.
@@ -135,7 +136,11 @@ def races(launch: Launch, arch: str, *, replicated_stores: bool = False) -> str:
 
     compiled = compile_for(launch, arch)
     entry = compiled.metadata.name
-    program = ptx_tool().Exe(spelled_out(compiled.asm["ptx"]), only=entry, san="thread")
+    ptx = spelled_out(compiled.asm["ptx"])
+    if launch.reached:
+        program = _relocating_program(ptx, entry)
+    else:
+        program = ptx_tool().Exe(ptx, only=entry, san="thread")
     arguments: list[Any] = []
     for value in launch.arguments.values():
         if isinstance(value, Tensor):
@@ -144,8 +149,11 @@ def races(launch: Launch, arch: str, *, replicated_stores: bool = False) -> str:
             arguments.append(np.frombuffer(copied, np.uint8))
         else:
             arguments.append(value)
+    scratch = 0
+    if launch.reached:
+        arguments[0], scratch = _moved_together(arguments[0].view(np.int64), launch.reached)
     code, text = program.run(
-        entry, (launch.programs,), (32 * launch.num_warps,), [*arguments, 0, 0],
+        entry, (launch.programs,), (32 * launch.num_warps,), [*arguments, 0, scratch],
         dyn=compiled.metadata.shared,
         env={"TSAN_OPTIONS": "halt_on_error=0:exitcode=0"} if replicated_stores else {},
     )  # fmt: skip
@@ -153,6 +161,44 @@ def races(launch: Launch, arch: str, *, replicated_stores: bool = False) -> str:
         reports = text.split("WARNING: ThreadSanitizer")[1:]
         return "".join(report for report in reports if not _is_replicated_store(report))
     return text if code != 0 or "ThreadSanitizer" in text else ""
+
+
+# Words of a table from here on are offsets in the last buffer of the sanitized program.
+_OFFSETS = 1 << 60
+_RELOCATE = f"""
+ for (u64 i = 0; i + 8 <= bn[0]; i += 8) {{
+  u64 word; memcpy(&word, bp[0] + i, 8);
+  if (word < {_OFFSETS}ull) continue;
+  word += (u64)bp.back() - {_OFFSETS}ull; memcpy(bp[0] + i, &word, 8);
+ }}
+"""
+
+
+def _relocating_program(ptx: str, entry: str) -> Any:
+    """The sanitized program, which makes the offsets of `_moved_together` addresses."""
+    tool = ptx_tool()
+    main, read = tool.MAIN, "fclose(f); if(const"
+    assert main.count(read) == 1, "the PTX runner's program has changed"
+    tool.MAIN = main.replace(read, f"{_RELOCATE} {read}")
+    try:
+        return tool.Exe(ptx, only=entry, san="thread")
+    finally:
+        tool.MAIN = main
+
+
+def _moved_together(
+    table: np.ndarray, reached: tuple[Tensor, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A table of addresses with offsets in one buffer instead of these, and the buffer."""
+    moved, parts, start = table.copy(), [], 0
+    for x in reached:
+        address, size, _ = memory(x)
+        inside = (table >= address) & (table < address + size)
+        moved[inside] = table[inside] - address + start + _OFFSETS
+        room = -(-size // 256) * 256
+        parts.append(ctypes.string_at(address, size).ljust(room, b"\0"))
+        start += room
+    return moved, np.frombuffer(bytearray(b"".join(parts)), np.uint8)
 
 
 def _is_replicated_store(report: str) -> bool:
