@@ -286,12 +286,8 @@ operand read once and every result written once. A value that all threads of a w
 once a thread in the bytes, though it moves one sector: the step's flag shows there.
 The step's search for overflows comes after another step, whose magnitudes tell that nothing can
 overflow: its minimum are the gradients; the first search reads theta and momentum too.
-Clips longer than a tile are read with their halo, most of which a GPU finds in its caches. Triton's
-tiles hold 64 rows; 32 in float32, and in a backward pass with a head_dim above 64; 16 in float32
-with a head_dim above 64: more would not fit into registers. With a window of 5 frames a longer clip
-is read with up to 1.04 (forward) and 1.06 (backward) times the minimum at 64 rows, 1.07 and 1.14 at
-32, 1.17 and 1.42 at 16. The CUDA kernels, which are preferred where they are built, read clips of
-up to 64 frames once in all of these.
+Clips longer than a tile are read once too: a program goes along a clip and keeps the last tile; in
+clips of more than 1024 frames (512 in float32) programs that follow each other read two tiles both.
 
 """
 MARGINAL = """

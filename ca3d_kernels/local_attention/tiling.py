@@ -7,35 +7,26 @@ from ca3d_kernels.local_attention.op import Options
 
 
 class Tile(NamedTuple):
-    """How a launch cuts the problem; see `local_attention.triton_kernels`.
+    """How a launch cuts the problem; see `triton_kernels` and `triton_rolling_kernels`.
 
     Attributes:
         rows: of a tile.
-        frames: of each sequence in a tile, the halo included.
-        owned: frames of each sequence that a tile writes.
-        front: frames of the halo before them.
+        frames: of each sequence in a tile.
         table_heads: sequences of a position, with a key table, else 0.
-        met_front, met_back: frames before and after a tile's own whose queries meet its own keys;
-            0 in a forward pass, which needs its own queries alone.
+        rolling: whether clips are longer than a tile, and a program goes along one sequence, or
+            with a key table along one position.
     """
 
     rows: int
     frames: int
-    owned: int
-    front: int
     table_heads: int
-    met_front: int = 0
-    met_back: int = 0
+    rolling: bool = False
 
-    def blocks(self, frames: int) -> int:
-        """Tiles that a clip of so many frames is cut into."""
-        return -(-frames // self.owned)
-
-    def groups(self, positions: int, heads: int) -> int:
-        """Tiles next to each other, for all positions and heads."""
-        places = self.rows // self.frames
+    def programs(self, positions: int, heads: int) -> int:
+        """Tiles that hold whole clips of all positions and heads, or clips that are longer."""
+        places = 1 if self.rolling else self.rows // self.frames
         if self.table_heads:
-            return -(-positions // (places // self.table_heads))
+            return -(-positions // (1 if self.rolling else places // self.table_heads))
         return -(-positions * heads // places)
 
 
@@ -49,8 +40,13 @@ def power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _reach(options: Options) -> tuple[int, int]:
-    """How many frames before and after a frame its window can reach."""
+def reach(options: Options) -> tuple[int, int]:
+    """How many frames before and after a frame its window can reach.
+
+    Example:
+        >>> reach(Options(kernel_size=5, dilation=2)), reach(Options(edge="shift"))
+        ((4, 4), (4, 4))
+    """
     window = (options.kernel_size - 1) * options.dilation
     if options.edge == "shift" and not options.causal:
         return window, window
@@ -67,39 +63,37 @@ def before(options: Options) -> int:
     return options.kernel_size - 1 if options.causal else options.kernel_size // 2
 
 
-def tile(heads: int, frames: int, options: Options, *, largest: int, backward: bool) -> Tile:
+def tile(heads: int, frames: int, options: Options, *, largest: int) -> Tile:
     """Cuts a problem into tiles.
 
     Args:
         heads, frames: of the operands.
         options: of the op.
-        largest: rows of the largest tile; a power of two.
-        backward: whether every key of a tile's own needs all queries that it meets, and these
-            queries all of their keys.
+        largest: rows of the largest tile, or of two rolling ones; a power of two.
 
     Raises:
-        UnsupportedInputError: a block of a long clip has no room beside its halo.
+        UnsupportedInputError: clips are longer than a tile, and a window reaches further than two.
 
     Example:
-        >>> tile(4, 8, Options(), largest=32, backward=False)
-        Tile(rows=16, frames=8, owned=8, front=0, table_heads=0, met_front=0, met_back=0)
+        >>> tile(4, 8, Options(), largest=32)
+        Tile(rows=16, frames=8, table_heads=0, rolling=False)
+        >>> tile(4, 80, Options(), largest=64)
+        Tile(rows=32, frames=32, table_heads=0, rolling=True)
     """
     table_heads = power_of_two(heads) if options.key_table else 0
     sequences = max(table_heads, 1)
     whole = power_of_two(frames)
     if sequences * whole <= largest:
-        rows = max(16, sequences * whole)
-        return Tile(rows, whole, whole, 0, table_heads)
-    back, ahead = _reach(options)
-    met_front, met_back = (ahead, back) if backward else (0, 0)
-    if backward:
-        back = ahead = back + ahead
-    span = largest // sequences
-    if span <= back + ahead:
+        return Tile(max(16, sequences * whole), whole, table_heads)
+    rows = max(16, largest // 2)
+    span = rows // sequences
+    # A clip with dilation is as many clips, without.
+    window = sum(reach(options)) // options.dilation
+    if span < window or span == 0:
         per_head = f" for each of {heads} heads of a key table" if options.key_table else ""
         raise UnsupportedInputError(
-            f"{frames} frames are more than the {span} that a tile holds{per_head}, and the "
-            f"{'backward' if backward else 'forward'} pass needs {back + ahead} of these beside "
-            f"its own, with kernel_size {options.kernel_size} and dilation {options.dilation}"
+            f"{frames} frames are more than the {largest // sequences} that a tile holds"
+            f"{per_head}, and in longer clips a window reaches at most {span} frames, not "
+            f"{window} as with kernel_size {options.kernel_size} and edge {options.edge!r}"
         )
-    return Tile(largest, span, span - back - ahead, back, table_heads, met_front, met_back)
+    return Tile(rows, span, table_heads, rolling=True)

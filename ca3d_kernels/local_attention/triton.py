@@ -7,12 +7,14 @@ from torch import Tensor
 
 from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
-from ca3d_kernels.local_attention import triton_kernels
+from ca3d_kernels.local_attention import triton_kernels, triton_rolling_kernels
 from ca3d_kernels.local_attention.op import Options
-from ca3d_kernels.local_attention.tiling import before, power_of_two, tile
+from ca3d_kernels.local_attention.tiling import before, power_of_two, reach, tile
 from ca3d_kernels.triton_launch import Launch
 
 _CPU = torch.device("cpu")
+# Tiles that a program goes along; where another one takes over, both read two tiles.
+_TILES = 32
 # Numbers of the operand's dtype that hold a float32 weight; 1 multiplies in float32.
 PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -83,8 +85,8 @@ def _largest(parts: int, head_dim: int, options: Options, *, backward: bool) -> 
     return 32 if sum(reasons) > 1 else 64
 
 
-def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launch:
-    """The launch of a kernel on operands (outer, inner, heads, T, head_dim), by their names."""
+def _launch(operands: dict[str, Tensor], options: Options) -> Launch:
+    """The launch on operands (outer, inner, heads, T, head_dim), by the kernels' names for them."""
     q = operands["q"]
     outer, inner, heads, frames, head_dim = q.shape
     if q.dtype not in PARTS:
@@ -95,13 +97,16 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
         raise UnsupportedInputError(f"kernel_size {options.kernel_size} is above 127")
     parts = PARTS[q.dtype] if triton_launch.has_tensor_cores(q.device) else 1
     backward = "do" in operands
-    cut = tile(
-        heads, frames, options, largest=_largest(parts, head_dim, options, backward=backward),
-        backward=backward,
-    )  # fmt: skip
-    blocks, groups = cut.blocks(frames), cut.groups(outer * inner, heads)
-    if outer * inner * heads >= 2**31 - 64 or blocks * groups >= 2**31:
-        raise UnsupportedInputError(f"{outer * inner * heads} sequences are too many")
+    largest = _largest(parts, head_dim, options, backward=backward)
+    cut = tile(heads, frames, options, largest=largest)
+    dilation = min(options.dilation, frames)
+    pieces = 1
+    if cut.rolling:
+        pieces = -(-frames // (dilation * cut.frames * _TILES))
+    sequences = outer * inner * heads
+    programs = cut.programs(outer * inner, heads) * (dilation * pieces if cut.rolling else 1)
+    if sequences >= 2**31 - 64 or programs >= 2**31:
+        raise UnsupportedInputError(f"{sequences} sequences are too many")
     table = options.key_table
     counts = key_counts(tuple(table), heads, options.kernel_size, q.device) if table else None
     strides = {
@@ -109,40 +114,45 @@ def _launch(kernel: str, operands: dict[str, Tensor], options: Options) -> Launc
         for name, x in operands.items()
         for dim, stride in zip(("outer", "inner", "head", "frame"), x.stride(), strict=False)
     }
+    own = {"sequences": sequences}
+    if cut.rolling:
+        back = reach(options)[0] // options.dilation
+        own = {"back": back, "parts": pieces, "part_tiles": _TILES}
     numbers = {
-        "sequences": outer * inner * heads,
+        **own,
         "heads": heads,
         "inner": inner,
         "frames": frames,
-        "blocks": blocks,
         **window(options, frames, head_dim),
     }
+    # Triton spreads fewer columns over the warps of a tile of 64 rows, or of two, several times.
+    columns = max(64 if cut.rows == 64 or cut.rolling else 16, power_of_two(head_dim))
     constants = {
         "HEAD_DIM": head_dim,
-        # Triton spreads fewer columns over the warps of a tile of 64 rows several times.
-        "COLUMNS": max(64 if cut.rows == 64 else 16, power_of_two(head_dim)),
+        "COLUMNS": columns,
         "ALIGNED": triton_launch.alignment(*operands.values()),
         "PARTS": parts,
         "ROWS": cut.rows,
-        "QUERIES": min(cut.rows, 32),
         "FRAMES": cut.frames,
-        "OWNED": cut.owned,
-        "FRONT": cut.front,
         "TABLE_HEADS": cut.table_heads,
     }
-    if backward:
-        constants |= {"MET_FRONT": cut.met_front, "MET_BACK": cut.met_back}
+    if not cut.rolling:
+        constants["QUERIES"] = min(cut.rows, 32)
     arguments = {**operands, "key_counts": q if counts is None else counts, **strides, **numbers}
-    function = getattr(triton_kernels, kernel)
+    module, kind = (triton_rolling_kernels, "_rolling") if cut.rolling else (triton_kernels, "")
+    function = getattr(module, f"attention{kind}_{'backward' if backward else 'forward'}")
     num_warps = cut.rows // 8 * (2 if head_dim > 64 else 1) * (2 if parts == 1 else 1)
+    if cut.rolling:
+        # A thread has 16 bytes of a tile, or 32 where that would be more threads than registers.
+        num_warps = min(8, cut.rows * columns * q.element_size() // (16 * 32))
     contents = None
     if table and q.is_meta:
         contents = {"key_counts": key_counts(tuple(table), heads, options.kernel_size, _CPU)}
     # Without a limit of its own the assembler stops at 128 registers on some GPUs, and spills.
-    limits = {"maxnreg": 255} if backward and num_warps <= 8 else None
+    limits = {"maxnreg": 255} if (backward or cut.rolling) and num_warps <= 8 else None
     return Launch(
         function,
-        blocks * groups,
+        programs,
         arguments,
         constants,
         num_warps,
@@ -162,7 +172,7 @@ def forward_launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: Options)
         >>> forward_launch(x, x, x, x, Options()).programs
         784
     """
-    return _launch("attention_forward", {"q": q, "k": k, "v": v, "o": o}, options)
+    return _launch({"q": q, "k": k, "v": v, "o": o}, options)
 
 
 def backward_launch(
@@ -186,7 +196,7 @@ def backward_launch(
         2
     """
     operands = {"q": q, "k": k, "v": v, "do": grad, "dq": dq, "dk": dk, "dv": dv}
-    return _launch("attention_backward", operands, options)
+    return _launch(operands, options)
 
 
 class TritonKernels:

@@ -1,6 +1,6 @@
-"""Triton kernels of local temporal attention.
+"""Triton kernels of local temporal attention, and what the kernels of other ops share with them.
 
-A program holds a tile of rows of head_dim elements: some frames of some sequences. A sequence is
+A program holds a tile of rows of head_dim elements: all frames of some sequences. A sequence is
 one head of one position. Every operand is read once, in vectors along head_dim. The window is then
 not a loop over slots but a matrix over pairs of rows (`multiplicity`): how often the query in one
 row meets the key in another. It holds every option of the op (edge, dilation, causal, key table),
@@ -12,8 +12,7 @@ precision: `weighted_sum` splits the weights into parts. A tile of 64 rows takes
 the sums for its keys, in two parts: no product has 64 rows, and Triton multiplies with ``mma.sync``
 on every GPU.
 
-A clip that is longer than the tile is cut into blocks: rows before and after a block's own are
-its halo, read to be met but not written.
+Clips that are longer than a tile have kernels of their own: `triton_rolling_kernels`.
 """
 
 import triton
@@ -23,8 +22,8 @@ from ca3d_kernels.triton_numbers import infinity, is_negative, magnitude
 
 # Arguments whose values Triton would otherwise compile anew for: ALIGNED says what matters of them.
 RUN_TIME = [
-    "sequences", "heads", "inner", "frames", "blocks", "kernel_size", "dilation", "before", "shift",
-    "zeros", "scale",
+    "sequences", "heads", "inner", "frames", "kernel_size", "dilation", "before", "shift", "zeros",
+    "scale",
 ]  # fmt: skip
 RUN_TIME += [
     f"{operand}_{dim}"
@@ -99,6 +98,27 @@ def tile_rows(
 
 
 @triton.jit
+def slots(
+    t, s, head, key_head, meets, length, heads, kernel_size, before, shift, key_counts,
+    TABLE_HEADS: tl.constexpr,
+):  # fmt: skip
+    """In how many slots the query of frame t meets the key of frame s, where `meets`.
+
+    Frames are numbered within their dilation class of that length.
+    """
+    if TABLE_HEADS > 0:
+        slot = s - t + before
+        meets &= (slot >= 0) & (slot < kernel_size)
+        entry = (head * heads + key_head) * kernel_size + slot
+        return tl.load(key_counts + entry, mask=meets, other=0).to(tl.float32)
+    start = t - before
+    if shift:
+        start = tl.minimum(tl.maximum(start, 0), tl.maximum(length - kernel_size, 0))
+    slot = s - start
+    return (meets & (slot >= 0) & (slot < kernel_size)).to(tl.float32)
+
+
+@triton.jit
 def multiplicity(
     row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before, shift,
     key_counts,
@@ -112,20 +132,15 @@ def multiplicity(
     key_position, key_head, s, keys = tile_rows(
         column, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
     )
-    exists = queries & keys & (position == key_position)  # [ROWS, ROWS]
-    if TABLE_HEADS > 0:
-        slot = s - t + before
-        exists &= (slot >= 0) & (slot < kernel_size)
-        entry = (head * heads + key_head) * kernel_size + slot
-        return tl.load(key_counts + entry, mask=exists, other=0).to(tl.float32)
+    meets = queries & keys & (position == key_position)  # [ROWS, ROWS]
+    if TABLE_HEADS == 0:
+        meets &= (head == key_head) & (t % dilation == s % dilation)
     # Frames of one dilation class are numbered 0, 1, ...: t is frame t // dilation of its class.
-    exists &= (head == key_head) & (t % dilation == s % dilation)
-    start = t // dilation - before
-    if shift:
-        length = (frames - t % dilation + dilation - 1) // dilation
-        start = tl.minimum(tl.maximum(start, 0), tl.maximum(length - kernel_size, 0))
-    slot = s // dilation - start
-    return (exists & (slot >= 0) & (slot < kernel_size)).to(tl.float32)
+    length = (frames - t % dilation + dilation - 1) // dilation
+    return slots(
+        t // dilation, s // dilation, head, key_head, meets, length, heads, kernel_size, before,
+        shift, key_counts, TABLE_HEADS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -198,19 +213,17 @@ def attention_forward(
     k_outer: tl.int64, k_inner: tl.int64, k_head: tl.int64, k_frame: tl.int64,
     v_outer: tl.int64, v_inner: tl.int64, v_head: tl.int64, v_frame: tl.int64,
     o_outer: tl.int64, o_inner: tl.int64, o_head: tl.int64, o_frame: tl.int64,
-    sequences: tl.int32, heads: tl.int32, inner: tl.int32, frames: tl.int32, blocks: tl.int32,
-    kernel_size: tl.int32, dilation: tl.int32, before: tl.int32, shift: tl.int32,
-    zeros: tl.float32, scale: tl.float32,
+    sequences: tl.int32, heads: tl.int32, inner: tl.int32, frames: tl.int32, kernel_size: tl.int32,
+    dilation: tl.int32, before: tl.int32, shift: tl.int32, zeros: tl.float32, scale: tl.float32,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr,
-    FRONT: tl.constexpr, TABLE_HEADS: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, FRAMES: tl.constexpr, TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale q k^T) v over the window of each frame."""
     tile = tl.program_id(0)
     row_k = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
     position_k, head_k, frame_k, exists_k = tile_rows(
-        row_k, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        row_k, tile, sequences, heads, frames, 1, ROWS, FRAMES, FRAMES, 0, TABLE_HEADS
     )
     inside_k = exists_k & (i < HEAD_DIM)  # [ROWS, COLUMNS]
     at_k = offsets(position_k, head_k, frame_k, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
@@ -223,23 +236,22 @@ def attention_forward(
     for first in tl.range(0, ROWS, QUERIES, num_stages=1):
         row = first + tl.arange(0, QUERIES)[:, None]
         position, head, frame, exists = tile_rows(
-            row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+            row, tile, sequences, heads, frames, 1, ROWS, FRAMES, FRAMES, 0, TABLE_HEADS
         )
-        kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
-        kept &= i < HEAD_DIM  # [QUERIES, COLUMNS]
+        exists &= i < HEAD_DIM  # [QUERIES, COLUMNS]
         at = offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
-        b_q = tl.load(q + at + i, mask=kept, other=0)  # [QUERIES, COLUMNS]
+        b_q = tl.load(q + at + i, mask=exists, other=0)  # [QUERIES, COLUMNS]
         if PARTS == 1:
             b_q = b_q.to(tl.float32)
         count = multiplicity(
-            row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before,
-            shift, key_counts, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
+            row, column, tile, sequences, heads, frames, 1, kernel_size, dilation, before, shift,
+            key_counts, ROWS, FRAMES, FRAMES, 0, TABLE_HEADS,
         )  # [QUERIES, ROWS]  # fmt: skip
         products = matmul(b_q, tl.trans(b_k))
         weights, _, total = softmax_weights(products, count, kernel_size, zeros, scale)
         b_o = weighted_sum(weights, b_v, count > 0, PARTS) / total[:, None]
         at = offsets(position, head, frame, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
-        tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=kept)
+        tl.store(o + at + i, b_o.to(o.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -252,24 +264,20 @@ def attention_backward(
     dq_outer: tl.int64, dq_inner: tl.int64, dq_head: tl.int64, dq_frame: tl.int64,
     dk_outer: tl.int64, dk_inner: tl.int64, dk_head: tl.int64, dk_frame: tl.int64,
     dv_outer: tl.int64, dv_inner: tl.int64, dv_head: tl.int64, dv_frame: tl.int64,
-    sequences: tl.int32, heads: tl.int32, inner: tl.int32, frames: tl.int32, blocks: tl.int32,
-    kernel_size: tl.int32, dilation: tl.int32, before: tl.int32, shift: tl.int32,
-    zeros: tl.float32, scale: tl.float32,
+    sequences: tl.int32, heads: tl.int32, inner: tl.int32, frames: tl.int32, kernel_size: tl.int32,
+    dilation: tl.int32, before: tl.int32, shift: tl.int32, zeros: tl.float32, scale: tl.float32,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, FRAMES: tl.constexpr, OWNED: tl.constexpr,
-    FRONT: tl.constexpr, TABLE_HEADS: tl.constexpr, MET_FRONT: tl.constexpr,
-    MET_BACK: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, FRAMES: tl.constexpr, TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `attention_forward`; the probabilities are computed again.
 
     Every row gathers its own dq, dk and dv from the tile: no atomics, the same bits every time.
-    The halo holds the queries that meet an own key, and all keys that these queries meet.
     """
     tile = tl.program_id(0)
     row_k = tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
     position_k, head_k, frame_k, exists_k = tile_rows(
-        row_k, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+        row_k, tile, sequences, heads, frames, 1, ROWS, FRAMES, FRAMES, 0, TABLE_HEADS
     )
     inside_k = exists_k & (i < HEAD_DIM)  # [ROWS, COLUMNS]
     at_k = offsets(position_k, head_k, frame_k, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
@@ -284,20 +292,18 @@ def attention_backward(
     for first in tl.range(0, ROWS, QUERIES, num_stages=1):
         row = first + tl.arange(0, QUERIES)[:, None]
         position, head, frame, exists = tile_rows(
-            row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+            row, tile, sequences, heads, frames, 1, ROWS, FRAMES, FRAMES, 0, TABLE_HEADS
         )
         exists &= i < HEAD_DIM  # [QUERIES, COLUMNS]
-        own = row % FRAMES - FRONT
-        met = exists & (own >= -MET_FRONT) & (own < OWNED + MET_BACK)
         at = offsets(position, head, frame, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
-        b_q = tl.load(q + at + i, mask=met, other=0)  # [QUERIES, COLUMNS]
+        b_q = tl.load(q + at + i, mask=exists, other=0)  # [QUERIES, COLUMNS]
         at = offsets(position, head, frame, inner, do_outer, do_inner, do_head, do_frame, ALIGNED)
-        b_do = tl.load(do + at + i, mask=met, other=0)  # [QUERIES, COLUMNS]
+        b_do = tl.load(do + at + i, mask=exists, other=0)  # [QUERIES, COLUMNS]
         if PARTS == 1:
             b_q, b_do = b_q.to(tl.float32), b_do.to(tl.float32)
         count = multiplicity(
-            row, column, tile, sequences, heads, frames, blocks, kernel_size, dilation, before,
-            shift, key_counts, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS,
+            row, column, tile, sequences, heads, frames, 1, kernel_size, dilation, before, shift,
+            key_counts, ROWS, FRAMES, FRAMES, 0, TABLE_HEADS,
         )  # [QUERIES, ROWS]  # fmt: skip
         meets = count > 0
         products = matmul(b_q, tl.trans(b_k))
@@ -305,20 +311,18 @@ def attention_backward(
         dp = tl.where(meets, matmul(b_do, tl.trans(b_v)), 0.0)  # [QUERIES, ROWS]
         p, ds = logit_gradients(weights, absent, total, dp, meets, scale)
         dv_0, dv_1 = _gather(dv_0, dv_1, p, b_do, count, PARTS)
-        kept = exists & (own >= 0) & (own < OWNED)
         b_dq = weighted_sum(ds, b_k, meets, PARTS)
         at = offsets(position, head, frame, inner, dq_outer, dq_inner, dq_head, dq_frame, ALIGNED)
-        tl.store(dq + at + i, b_dq.to(dq.dtype.element_ty), mask=kept)
+        tl.store(dq + at + i, b_dq.to(dq.dtype.element_ty), mask=exists)
         dk_0, dk_1 = _gather(dk_0, dk_1, ds, b_q, count, PARTS)
     for half in tl.static_range(ROWS // QUERIES):
         row = half * QUERIES + tl.arange(0, QUERIES)[:, None]
         position, head, frame, exists = tile_rows(
-            row, tile, sequences, heads, frames, blocks, ROWS, FRAMES, OWNED, FRONT, TABLE_HEADS
+            row, tile, sequences, heads, frames, 1, ROWS, FRAMES, FRAMES, 0, TABLE_HEADS
         )
-        kept = exists & (row % FRAMES >= FRONT) & (row % FRAMES < FRONT + OWNED)
-        kept &= i < HEAD_DIM
+        exists &= i < HEAD_DIM
         b_dv, b_dk = (dv_0, dk_0) if half == 0 else (dv_1, dk_1)
         at = offsets(position, head, frame, inner, dv_outer, dv_inner, dv_head, dv_frame, ALIGNED)
-        tl.store(dv + at + i, b_dv.to(dv.dtype.element_ty), mask=kept)
+        tl.store(dv + at + i, b_dv.to(dv.dtype.element_ty), mask=exists)
         at = offsets(position, head, frame, inner, dk_outer, dk_inner, dk_head, dk_frame, ALIGNED)
-        tl.store(dk + at + i, b_dk.to(dk.dtype.element_ty), mask=kept)
+        tl.store(dk + at + i, b_dk.to(dk.dtype.element_ty), mask=exists)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.local_attention.op import Options
-from ca3d_kernels.local_attention.tiling import Tile, power_of_two, tile
+from ca3d_kernels.local_attention.tiling import power_of_two, reach
 
 # Rows of the largest tile: what fits into registers.
 _FORWARD_ROWS = 32
@@ -15,6 +15,30 @@ _BACKWARD_ROWS = 16
 # With a key table: rows of a position, and elements of a matrix of all heads' weights.
 _TABLE_ROWS = 32
 _TABLE_WEIGHTS = 8 * 64 * 64
+
+
+class Tile(NamedTuple):
+    """How a launch cuts the clips of one head; see `triton_kernels`.
+
+    Attributes:
+        rows: of a tile.
+        frames: of each clip in a tile, the halo included.
+        owned: frames of each clip that a tile writes.
+        front: frames of the halo before them.
+    """
+
+    rows: int
+    frames: int
+    owned: int
+    front: int
+
+    def blocks(self, frames: int) -> int:
+        """Tiles that a clip of so many frames is cut into."""
+        return -(-frames // self.owned)
+
+    def groups(self, positions: int) -> int:
+        """Tiles next to each other, for all positions."""
+        return -(-positions // (self.rows // self.frames))
 
 
 class TableTile(NamedTuple):
@@ -32,19 +56,36 @@ class TableTile(NamedTuple):
     num_warps: int
 
 
-def tile_for(frames: int, options: Options, *, backward: bool) -> Tile:
+def tile(frames: int, options: Options, *, backward: bool) -> Tile:
     """Cuts the clips of one head into tiles.
+
+    Args:
+        frames: of a clip.
+        options: of the attention.
+        backward: whether every key of a tile's own needs all queries that it meets, and these
+            queries all of their keys.
 
     Raises:
         UnsupportedInputError: a block of a long clip has no room beside its halo.
 
     Example:
-        >>> tile_for(8, Options(), backward=False)
-        Tile(rows=32, frames=8, owned=8, front=0, table_heads=0, met_front=0, met_back=0)
+        >>> tile(8, Options(), backward=False)
+        Tile(rows=32, frames=8, owned=8, front=0)
     """
     rows = _BACKWARD_ROWS if backward else _FORWARD_ROWS
-    cut = tile(1, frames, options, largest=rows, backward=backward)
-    return cut._replace(rows=rows)
+    whole = power_of_two(frames)
+    if whole <= rows:
+        return Tile(rows, whole, whole, 0)
+    back, ahead = reach(options)
+    if backward:
+        back = ahead = back + ahead
+    if rows <= back + ahead:
+        raise UnsupportedInputError(
+            f"{frames} frames are more than the {rows} that a tile holds, and the "
+            f"{'backward' if backward else 'forward'} pass needs {back + ahead} of these beside "
+            f"its own, with kernel_size {options.kernel_size} and dilation {options.dilation}"
+        )
+    return Tile(rows, rows, rows - back - ahead, back)
 
 
 def table_tile(heads: int, frames: int) -> TableTile:
@@ -87,7 +128,7 @@ def limit(
     if options.key_table:
         return _table_limit(heads, frames, head_dim, positions, options)
     try:
-        cut = tile_for(frames, options, backward=backward)
+        cut = tile(frames, options, backward=backward)
     except UnsupportedInputError as reason:
         return str(reason)
     if cut.blocks(frames) * positions >= 2**31 - 64:

@@ -15,7 +15,7 @@ from ca3d_kernels.local_attention import triton as attention
 from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.local_attention.triton import PARTS, key_counts, window
 from ca3d_kernels.qkv_attention import triton_kernels, triton_table_kernels
-from ca3d_kernels.qkv_attention.tiling import limit, table_tile, tile_for
+from ca3d_kernels.qkv_attention.tiling import limit, table_tile, tile
 from ca3d_kernels.triton_launch import Argument, Launch
 
 _WARPS = {"qkv_attention_forward": 4, "qkv_attention_backward": 8}
@@ -85,8 +85,8 @@ def _launch(
 ) -> Launch:
     """The launch of a kernel for each head's own keys."""
     x, heads = images["x"], len(others["weight"])
-    cut = tile_for(x.shape[1], options, backward="dx" in images)
-    blocks, groups = cut.blocks(x.shape[1]), cut.groups(x.shape[0] * x.shape[2], 1)
+    cut = tile(x.shape[1], options, backward="dx" in images)
+    blocks, groups = cut.blocks(x.shape[1]), cut.groups(x.shape[0] * x.shape[2])
     arguments, constants = _shared_arguments(images, others, options)
     arguments |= {"blocks": blocks, "tiles": blocks * groups}
     constants |= {
@@ -182,8 +182,8 @@ def backward_launches(
     if options.key_table:
         tiles = -(-positions * frames // _PIXELS)
     else:
-        cut = tile_for(frames, options, backward=True)
-        tiles = cut.blocks(frames) * cut.groups(positions, 1)
+        cut = tile(frames, options, backward=True)
+        tiles = cut.blocks(frames) * cut.groups(positions)
     programs = min(tiles, _PROGRAMS_PER_HEAD["qkv_attention_backward"])
     sums = {
         "partial_weight": torch.empty(

@@ -81,6 +81,7 @@ ATTENTION = {
     "64 frames": {"frames": 64, "heads": 1},
     "64 frames, head_dim 128": {"frames": 64, "heads": 1, "head_dim": 128},
     "100 frames, causal": {"frames": 100, "heads": 1, "causal": True, "dilation": 2},
+    "80 frames, published": {"frames": 80, "edge": "zero", "published": True},
     "60 frames, head_dim 20": {"frames": 60, "heads": 1, "head_dim": 20, "edge": "zero"},
     "bfloat16": {"dtype": "bfloat16"},
     "float32": {"dtype": "float32", "frames": 5},
@@ -293,9 +294,15 @@ def test_preparam_step(dtype: str, rounding: str, arch: str) -> None:
         assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("arch", often(zip(ARCHS), lambda arch: arch == "sm_90"))
-def test_no_races(arch: str) -> None:
-    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 1, "heads": 3}
+@pytest.mark.parametrize(
+    ("frames", "arch"),
+    often(
+        [(frames, arch) for frames in (8, 90) for arch in ARCHS], lambda _, arch: arch == "sm_90"
+    ),
+)
+def test_no_races(frames: int, arch: str) -> None:
+    values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 1, "heads": 2}
+    values["frames"] = frames
     q, k, v, o, grad, dq, dk, dv = attention_tensors(values)
     options = problems.options(values)
     assert races(attention.forward_launch(q, k, v, o, options), arch) == ""
@@ -303,8 +310,30 @@ def test_no_races(arch: str) -> None:
     assert races(backward, arch) == ""
 
 
-# The step's programs reach tensors through addresses in a table, which the sanitized program has
-# no copies of; its threads share nothing but sums.
+@pytest.mark.parametrize(
+    ("rounding", "arch"),
+    often(
+        [
+            (rounding, arch)
+            for rounding in ("nearest", "stochastic", "compensated")
+            for arch in ARCHS
+        ],
+        lambda rounding, arch: (rounding, arch) == ("nearest", "sm_90"),
+    ),
+)
+def test_no_races_in_a_step(rounding: str, arch: str) -> None:
+    values = {**problems.DEFAULTS["preparam_step"], "rounding": rounding}
+    values |= {"small_tensors": 2, "small_size": 37, "large_tensors": 1, "large_size": 4100}
+    batch = shared_step(values)
+    found = torch.zeros(())
+    largest = unknown_largest(batch, step.CHUNK)
+    for launch in (
+        *step.launches(batch, found, overflows=True, largest=largest),
+        *step.launches(batch, found, largest=largest),
+    ):
+        assert races(launch, arch, replicated_stores=True) == "", launch.kernel.__name__
+
+
 @pytest.mark.parametrize(
     ("op", "published", "arch"),
     often(
@@ -341,7 +370,7 @@ def test_dropped_barriers_are_races(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "data race" in races(launch, "sm_90", replicated_stores=True)
 
 
-@pytest.mark.parametrize("frames", [8, 64])
+@pytest.mark.parametrize("frames", [8, 64, 200])
 def test_traffic_of_attention(frames: int) -> None:
     """Each operand is read once, in full sectors, and each result written once."""
     values = {**problems.DEFAULTS["local_attention"], "batch": 1, "positions": 8, "frames": frames}

@@ -28,6 +28,7 @@ from ca3d_kernels.temporal_block import triton as block
 HALF = torch.float16
 # Where a launcher finds its kernels.
 ATTENTION = (attention, "triton_kernels")
+ROLLING = (attention, "triton_rolling_kernels")
 QKV = (qkv, "triton_kernels")
 TABLE = (qkv, "triton_table_kernels")
 STEP = (step, "triton_kernels")
@@ -36,7 +37,9 @@ BLOCK = (block, "triton_kernels")
 PLAIN = Problem(frames=7, heads=3, lead=(5,), dtype=HALF)
 ONE_HEAD = Problem(frames=7, heads=1, lead=(5,), dtype=HALF)
 DILATED = Problem(frames=11, dilation=3, kernel_size=3, edge="shift", heads=1, dtype=HALF)
+HALVES = Problem(frames=40, heads=1, lead=(1,), dtype=HALF)
 LONG = Problem(frames=70, heads=1, lead=(1,), dtype=HALF)
+LONG_DILATED = Problem(frames=70, dilation=3, heads=1, lead=(1,), dtype=HALF)
 ZERO = Problem(edge="zero", heads=1, dtype=HALF)
 PUBLISHED = Problem(edge="zero", table="published", dtype=HALF)
 # A key's bias cancels in the softmax, unless zeros take part in it.
@@ -66,24 +69,24 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "window one slot too long": Mutant(
         ATTENTION,
-        "return (exists & (slot >= 0) & (slot < kernel_size))",
-        "return (exists & (slot >= 0) & (slot <= kernel_size))",
+        "return (meets & (slot >= 0) & (slot < kernel_size))",
+        "return (meets & (slot >= 0) & (slot <= kernel_size))",
         PLAIN,
     ),
     "window one slot too short": Mutant(
         ATTENTION,
-        "return (exists & (slot >= 0) & (slot < kernel_size))",
-        "return (exists & (slot > 0) & (slot < kernel_size))",
+        "return (meets & (slot >= 0) & (slot < kernel_size))",
+        "return (meets & (slot > 0) & (slot < kernel_size))",
         PLAIN,
     ),
     "no mask between positions": Mutant(
         ATTENTION,
-        "exists = queries & keys & (position == key_position)",
-        "exists = queries & keys",
+        "meets = queries & keys & (position == key_position)",
+        "meets = queries & keys",
         ONE_HEAD,
     ),
     "no mask between heads": Mutant(
-        ATTENTION, "exists &= (head == key_head) & (t %", "exists &= (t %", PLAIN
+        ATTENTION, "meets &= (head == key_head) & (t %", "meets &= (t %", PLAIN
     ),
     "no mask at the end of the clip": Mutant(
         ATTENTION, "exists = (frame >= 0) & (frame < frames)", "exists = frame >= 0", PLAIN
@@ -121,11 +124,29 @@ MUTANTS = {
     "key table read for the other head": Mutant(
         ATTENTION, "(head * heads + key_head)", "(key_head * heads + head)", PUBLISHED
     ),
-    "queries behind a tile's own forgotten": Mutant(
-        ATTENTION, "(own < OWNED + MET_BACK)", "(own < OWNED)", LONG
-    ),
     "the second half of the keys forgotten": Mutant(
-        ATTENTION, "lower += weighted_sum(right, x,", "upper += weighted_sum(right, x,", LONG
+        ATTENTION, "lower += weighted_sum(right, x,", "upper += weighted_sum(right, x,", HALVES
+    ),
+    "rolling: the first queries forgotten": Mutant(
+        ROLLING,
+        "begin = part * part_tiles - (part == 0).to(tl.int32)",
+        "begin = part * part_tiles",
+        LONG,
+    ),
+    "rolling: windows of the tile's frames, not of its queries": Mutant(
+        ROLLING, "_rows(row, first + back, head,", "_rows(row, first, head,", LONG
+    ),
+    "rolling: the new tile before the old one": Mutant(
+        ROLLING, "first + column % 2 * FRAMES", "first + (1 - column % 2) * FRAMES", LONG
+    ),
+    "rolling: what a tile's first queries gave to its keys forgotten": Mutant(
+        ROLLING, "old_dv += weighted_sum", "old_dv = weighted_sum", LONG
+    ),
+    "rolling: the sums of the new tile are the old one's": Mutant(
+        ROLLING, "weighted_sum(tl.trans(new_ds), b_q", "weighted_sum(tl.trans(old_ds), b_q", LONG
+    ),
+    "rolling: dilation classes of equal length": Mutant(
+        ROLLING, "(frames - start + dilation - 1) // dilation", "frames // dilation", LONG_DILATED
     ),
     "fused: bias of the queries for the keys": Mutant(
         QKV, "b_k = tl.load(at + HEAD_DIM).to", "b_k = tl.load(at).to", FUSED

@@ -241,7 +241,7 @@ def errors(
     """Largest error of ours and of plain torch in the same dtype, and the largest exact value."""
     assert ours.dtype == same_dtype.dtype
     assert ours.shape == exact.shape
-    assert torch.isfinite(ours).all()
+    assert torch.isfinite(ours).all(), "not everything is finite"
     if not ours.numel():
         return 0.0, 0.0, 0.0
     truth = exact if isinstance(exact, np.ndarray) else exact.numpy()
@@ -306,11 +306,14 @@ def triton_takes(problem: Problem) -> bool:
         rows = 32 if narrow else 16
     else:
         rows = 64 if narrow and not table else 32
-    if table:
-        rows //= 1 << (problem.heads - 1).bit_length()
-    window = (problem.kernel_size - 1) * problem.dilation
-    halo = 4 * window if problem.edge == "shift" and not problem.causal else 2 * window
-    return 1 << (problem.frames - 1).bit_length() <= rows or halo < rows
+    sequences = 1 << (problem.heads - 1).bit_length() if table else 1
+    if sequences << (problem.frames - 1).bit_length() <= rows:
+        return True
+    reach = problem.kernel_size - 1
+    if problem.edge == "shift" and not problem.causal:
+        reach *= 2
+    span = max(16, rows // 2) // sequences
+    return reach <= span and span > 0
 
 
 NAMED = {
@@ -326,6 +329,18 @@ NAMED = {
         frames=11, dilation=3, kernel_size=3, edge="shift"
     ),
     "causal, shifted": Problem(causal=True, edge="shift"),
+    "far longer than a tile": Problem(frames=150, heads=1, lead=(2,), head_dim=8),
+    "long, dilated, shifted, classes of unequal length": Problem(
+        frames=101, dilation=3, edge="shift", heads=1, lead=()
+    ),
+    "long, causal, zeros": Problem(frames=70, causal=True, edge="zero", heads=2, lead=()),
+    "long, as wide a window as tiles allow": Problem(
+        frames=70, kernel_size=17, heads=1, lead=(), head_dim=128, layout="channels-last"
+    ),
+    "longer than a program goes, in float32": Problem(
+        frames=530, heads=1, lead=(), head_dim=8, dtype=torch.float32
+    ),
+    "long, published": Problem(frames=20, edge="zero", table="published", lead=()),
     "published, 4 heads": Problem(edge="zero", table="published", scale=1 / 16),
     "published, 8 heads, 4 frames": Problem(frames=4, heads=8, edge="zero", table="published"),
     "published, heads and window share a factor": Problem(
