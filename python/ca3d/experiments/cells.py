@@ -24,14 +24,16 @@ class Cell:
         regime_options: Options of the regime: constant, loss_factor, rounding.
         recipe: Fields of `ca3d.training.TrainConfig` that differ from its defaults.
         part: What the run is for, such as "tune"; rows are told apart by it.
-        variant: Name of the model's options, for people.
+        variant: Name of the model's options, for people: two cells that differ in it alone are the
+            same run.
         observe: Steps between two looks at the tensors (`ca3d.experiments.observer`); 0 for none.
 
     Example:
+        >>> from dataclasses import replace
         >>> cell = Cell("ca3d_tiny", "float32", 0, {"name": "motion-order"})
         >>> cell.key[:21]
         'ca3d_tiny-float32-s0-'
-        >>> cell.key == Cell.of(cell.to_dict()).key
+        >>> cell.key == Cell.of(cell.to_dict()).key == replace(cell, variant="small").key
         True
     """
 
@@ -49,7 +51,7 @@ class Cell:
     @property
     def key(self) -> str:
         """The cell's name: the same for the same values, in any process and Python version."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
+        text = json.dumps({**self.to_dict(), "variant": ""}, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return f"{self.model}-{self.regime}-s{self.seed}-{digest}"
 

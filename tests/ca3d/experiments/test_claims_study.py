@@ -36,6 +36,19 @@ def test_every_variant_can_be_built(claim: Claim, scale: str) -> None:
     assert recipe.frames >= recipe.least_frames
 
 
+def test_claims_share_the_runs_of_the_unchanged_model() -> None:
+    config = ClaimsConfig(seeds=1)
+    keys = {}
+    for claim in CLAIMS:
+        if claim.name in ("head", "position"):
+            plan = plan_of(claim, config)
+            unchanged = f"ca3d_variant#{next(iter(claim.variants))}"
+            keys[claim.name] = [
+                c.key for c in plan.condition(unchanged, "float32", None, {unchanged: 0.1})
+            ]
+    assert keys["head"] == keys["position"] != []
+
+
 def test_long_clips_are_long_where_attention_is_local() -> None:
     # Local attention differs from full attention only where the clip is longer than the window.
     claim = next(c for c in CLAIMS if c.name == "attention-64")
