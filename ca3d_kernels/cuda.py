@@ -140,6 +140,21 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def used_here(x: Tensor) -> Tensor:
+    """A tensor that is kept between steps, when a kernel on the current stream is to read it.
+
+    Its memory is then not given away before that kernel has ended, even if another stream's step
+    drops the tensor in between.
+
+    Example:
+        >>> used_here(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if x.is_cuda and not is_capturing(x.device):
+        x.record_stream(torch.cuda.current_stream(x.device))
+    return x
+
+
 def call(
     library: ModuleType, function: Callable[..., Any], arguments: tuple[Any, ...], near: Tensor
 ) -> None:

@@ -43,7 +43,10 @@ def known(batch: Batch, layout: Any = None) -> Any | None:
     cache = batch.cache
     if cache is None or cache.get("versions") != _versions(batch) or cache.get(REPLAYED):
         return None
-    return cache["largest"] if cache["layout"] == layout else None
+    if cache["layout"] != layout:
+        return None
+    largest = cache["largest"]
+    return cuda.used_here(largest) if isinstance(largest, Tensor) else largest
 
 
 @contextmanager

@@ -264,6 +264,21 @@ def test_a_capture_keeps_what_it_reads(
     assert optimizer._captured[0] is source
 
 
+def test_what_is_kept_is_held_for_the_stream_that_reads_it(
+    emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(torch.float16, SIZES)
+    optimizer = PreParamSGD(params, lr=0.5, skip_nonfinite=True, backend="cuda")
+    set_gradients(params)
+    optimizer.step()
+    held = []
+    monkeypatch.setattr(cuda, "used_here", lambda x: held.append(x) or x)
+    optimizer.step()
+    (part,) = optimizer._plans[0].parts
+    assert held
+    assert any(x is part.batch.cache["largest"] for x in held)
+
+
 def test_the_flag_is_of_float32_whatever_the_default(emulated_cuda: ModuleType) -> None:
     assert_flag_of_float32("cuda", torch.float16)
 
