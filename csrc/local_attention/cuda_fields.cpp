@@ -23,9 +23,11 @@ void add_rows(std::vector<ArgumentField>* fields, const std::string& name, size_
 
 void add_divider(std::vector<ArgumentField>* fields, const std::string& name, size_t offset,
                  const std::string& meaning) {
-  fields->push_back({name + ".divisor", offset, "uint32_t", meaning});
-  fields->push_back({name + ".multiplier", offset + 4, "uint32_t", "see common/divider.h"});
-  fields->push_back({name + ".shift", offset + 8, "uint32_t", "see common/divider.h"});
+  const char* about = "see common/divider.h";
+  fields->push_back({name + ".divisor", offset + offsetof(Divider, divisor), "uint32_t", meaning});
+  fields->push_back(
+      {name + ".multiplier", offset + offsetof(Divider, multiplier), "uint32_t", about});
+  fields->push_back({name + ".shift", offset + offsetof(Divider, shift), "uint32_t", about});
 }
 
 }  // namespace

@@ -70,14 +70,22 @@ class Planner {
 
   // Tries the ways of access, best first.
   LocalAttentionLaunch decide() {
+    int64_t staged_tile = 0;
     for (const Access access : {Access::kStaged, Access::kVectors, Access::kScalars}) {
       if ((access == Access::kScalars) == aligned_) continue;
-      launch_.access = access;
-      set_lanes();
-      if (set_tile()) {
+      if (!try_access(access)) continue;
+      if (access == Access::kStaged && mostly_halo()) {
+        staged_tile = args().tile;
+        continue;
+      }
+      if (args().tile > staged_tile) {
         set_grid();
         return launch_;
       }
+    }
+    if (staged_tile > 0 && try_access(Access::kStaged)) {
+      set_grid();
+      return launch_;
     }
     throw Unsupported("a window of " + std::to_string(args().slots) + " frames of " +
                       dtype_name(p_.dtype) + " needs more than " + std::to_string(kSharedBytes) +
@@ -87,6 +95,18 @@ class Planner {
  private:
   LocalAttentionArguments& args() { return launch_.arguments; }
   bool staged() const { return launch_.access == Access::kStaged; }
+
+  bool try_access(Access access) {
+    launch_.access = access;
+    set_lanes();
+    return set_tile();
+  }
+
+  // Whether a block computes more probabilities for its keys' other queries than for its own.
+  bool mostly_halo() {
+    const int64_t tile = args().tile;
+    return launch_.backward && tile < longest_ && rows_around(tile) > 2 * tile;
+  }
 
   void set_problem() {
     LocalAttentionArguments& a = args();
@@ -141,6 +161,7 @@ class Planner {
     a.query_rows = make_divider(queries);
     a.key_rows = make_divider(whole ? tile : rows_around(queries));
     a.tiles = make_divider((longest_ + tile - 1) / tile);
+    if (!staged() && !launch_.backward) return 0;
     // Guards the 32-bit sums of shared_layout.
     const double rows = 2.0 * a.units_per_block * (a.key_rows.divisor + a.query_rows.divisor);
     if (rows * (p_.head_dim + a.slots) * 8 > static_cast<double>(kMaxInt)) return kMaxInt;

@@ -202,6 +202,22 @@ def test_alignment_decides_the_access(emulated_library: ModuleType) -> None:
     assert access(sizes=(2, 3, 4, 8, 20)) == "scalars"
     assert access(sizes=(2, 3, 4, 8, 20), dtype="float32") == "staged"
     assert access(sizes=(2, 3, 4, 64, 128), dtype="float64", window=(40, 1, 0, 0)) == "vectors"
+    # Nothing but the output's rows is written: no clip is too long.
+    assert access(sizes=(2, 3, 4, 20000, 64), window=(20000, 1, 0, 0)) == "vectors"
+
+
+def test_a_block_computes_most_of_its_probabilities_for_its_own_frames(
+    emulated_library: ModuleType,
+) -> None:
+    def tile(kernel_size: int) -> tuple[str, int]:
+        arguments = {"sizes": (2, 3, 4, 128, 64), "window": (kernel_size, 1, 0, 0), "operands": 7}
+        plan = launch(emulated_library, **arguments)
+        return plan["entry"].rsplit("_", 1)[1], field(plan, "tile")
+
+    assert tile(5)[0] == "staged"
+    access, frames = tile(41)
+    assert access == "vectors"
+    assert frames > 40
 
 
 @pytest.mark.parametrize(
