@@ -141,18 +141,17 @@ def _store_half(partial, value, program, part: tl.constexpr, half: tl.constexpr,
 
 @triton.jit
 def _store_shares(partial_weight, partial_bias, program, dw_q0, dw_q1, dw_k0, dw_k1, dw_v0, dw_v1,
-                  db_q, db_k, db_v, BIAS: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
+                  db_q, db_k, db_v, HEAD_DIM: tl.constexpr):  # fmt: skip
     _store_half(partial_weight, dw_q0, program, 0, 0, HEAD_DIM)
     _store_half(partial_weight, dw_q1, program, 0, 1, HEAD_DIM)
     _store_half(partial_weight, dw_k0, program, 1, 0, HEAD_DIM)
     _store_half(partial_weight, dw_k1, program, 1, 1, HEAD_DIM)
     _store_half(partial_weight, dw_v0, program, 2, 0, HEAD_DIM)
     _store_half(partial_weight, dw_v1, program, 2, 1, HEAD_DIM)
-    if BIAS:
-        at = program * 3 * HEAD_DIM + tl.arange(0, HEAD_DIM)
-        tl.store(partial_bias + at, db_q)
-        tl.store(partial_bias + at + HEAD_DIM, db_k)
-        tl.store(partial_bias + at + 2 * HEAD_DIM, db_v)
+    at = program * 3 * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    tl.store(partial_bias + at, db_q)
+    tl.store(partial_bias + at + HEAD_DIM, db_k)
+    tl.store(partial_bias + at + 2 * HEAD_DIM, db_v)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -231,14 +230,13 @@ def qkv_attention_backward(
         left, right = halves(dq)
         dw_q0 += matmul(left, b_x)
         dw_q1 += matmul(right, b_x)
-        if BIAS == "head":
-            db_q += tl.sum(dq.to(tl.float32), 0)
-            db_k += tl.sum(dk.to(tl.float32), 0)
-            db_v += tl.sum(dv.to(tl.float32), 0)
+        db_q += tl.sum(dq.to(tl.float32), 0)
+        db_k += tl.sum(dk.to(tl.float32), 0)
+        db_v += tl.sum(dv.to(tl.float32), 0)
         at = offsets(position, head, frame, inner, dx_outer, dx_inner, HEAD_DIM, dx_frame, ALIGNED)
         tl.store(dx + at + i, b_dx.to(dx.dtype.element_ty), mask=kept)
     _store_shares(partial_weight, partial_bias, program, dw_q0, dw_q1, dw_k0, dw_k1, dw_v0, dw_v1,
-                  db_q, db_k, db_v, BIAS == "head", HEAD_DIM)  # fmt: skip
+                  db_q, db_k, db_v, HEAD_DIM)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -292,4 +290,4 @@ def qkv_projection_backward(
         at = offsets(position, head, frame, inner, dx_outer, dx_inner, HEAD_DIM, dx_frame, ALIGNED)
         tl.store(dx + at + i, b_dx.to(dx.dtype.element_ty), mask=exists)
     _store_shares(partial_weight, partial_bias, program, dw_q0, dw_q1, dw_k0, dw_k1, dw_v0, dw_v1,
-                  db_q, db_k, db_v, True, HEAD_DIM)  # fmt: skip
+                  db_q, db_k, db_v, HEAD_DIM)  # fmt: skip

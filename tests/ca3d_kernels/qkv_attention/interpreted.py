@@ -26,6 +26,17 @@ def test_against_float64(case: Case, dtype: torch.dtype) -> None:
         check(case, dtype, "triton")
 
 
+def test_the_gradient_of_a_bias_does_not_need_the_bias() -> None:
+    x, grad = torch.randn(2, 2, 7, 3, 32).half()
+    weight = torch.randn(2, 48, 16).half()
+    options = (5, 1, False, None, "truncate", [])
+    ours, theirs = (
+        torch.ops.ca3d.qkv_attention_backward(grad, x, weight, None, *options, backend)[2]
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=5e-2)
+
+
 @pytest.mark.parametrize("kind", ["own", "published", "folded"])
 def test_the_layer_uses_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = "published" if kind == "published" else None
