@@ -9,12 +9,10 @@ from ca3d_kernels import triton_launch
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.local_attention import triton_kernels, triton_rolling_kernels
 from ca3d_kernels.local_attention.op import Options
-from ca3d_kernels.local_attention.tiling import before, power_of_two, reach, tile
+from ca3d_kernels.local_attention.tiling import STRETCH, before, power_of_two, tile
 from ca3d_kernels.triton_launch import Launch
 
 _CPU = torch.device("cpu")
-# Tiles that a program goes along; where another one takes over, both read two tiles.
-_TILES = 32
 # Numbers of the operand's dtype that hold a float32 weight; 1 multiplies in float32.
 PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -99,12 +97,8 @@ def _launch(operands: dict[str, Tensor], options: Options) -> Launch:
     backward = "do" in operands
     largest = _largest(parts, head_dim, options, backward=backward)
     cut = tile(heads, frames, options, largest=largest)
-    dilation = min(options.dilation, frames)
-    pieces = 1
-    if cut.rolling:
-        pieces = -(-frames // (dilation * cut.frames * _TILES))
     sequences = outer * inner * heads
-    programs = cut.programs(outer * inner, heads) * (dilation * pieces if cut.rolling else 1)
+    programs = cut.programs(outer * inner, heads)
     if sequences >= 2**31 - 64 or programs >= 2**31:
         raise UnsupportedInputError(f"{sequences} sequences are too many")
     table = options.key_table
@@ -116,8 +110,7 @@ def _launch(operands: dict[str, Tensor], options: Options) -> Launch:
     }
     own = {"sequences": sequences}
     if cut.rolling:
-        back = reach(options)[0] // options.dilation
-        own = {"back": back, "parts": pieces, "part_tiles": _TILES}
+        own = {"back": cut.back, "stretches": cut.stretches, "stretch_tiles": STRETCH}
     numbers = {
         **own,
         "heads": heads,
@@ -150,6 +143,9 @@ def _launch(operands: dict[str, Tensor], options: Options) -> Launch:
         contents = {"key_counts": key_counts(tuple(table), heads, options.kernel_size, _CPU)}
     # Without a limit of its own the assembler stops at 128 registers on some GPUs, and spills.
     limits = {"maxnreg": 255} if (backward or cut.rolling) and num_warps <= 8 else None
+    if cut.rolling and not backward and parts > 1:
+        # As many as let 12 or 16 warps share a multiprocessor.
+        limits = {"maxnreg": 168 if num_warps == 4 else 128}
     return Launch(
         function,
         programs,

@@ -44,7 +44,8 @@ def weighted_sum(weights, x, meets, PARTS: tl.constexpr):
 
     Each row of weights is scaled to at most 1 and split into PARTS numbers of x's dtype, whose
     products with x are exact: 2 keep 22 bits in float16, 3 keep 24 in bfloat16. A row of x that
-    isn't finite reaches only the rows that it `meets`: 0 * inf would spread it over the tile.
+    isn't finite reaches only the rows that it `meets`, and these even with a weight that has become
+    0: products with 0 would spread it over the tile.
     """
     finite = magnitude(x) < infinity(x.dtype)
     clean = tl.where(finite, x, 0.0)  # [K, N]
@@ -177,8 +178,8 @@ def offsets(position, head, frame, inner, outer_stride, inner_stride, head_strid
 
 @triton.jit
 def softmax_weights(products, count, kernel_size, zeros, scale):
-    """exp(logit - largest) times count, (ROWS, ROWS); the same of the slots that have
-    no key, (ROWS,); and the sum of both, (ROWS,). Products are those of queries with keys."""
+    """exp(logit - largest) times count, shaped like it; the same of the slots that have no key, and
+    the sum of both, without the last dimension. Products are those of queries with keys."""
     logits = tl.where(count > 0, scale * products, float("-inf"))
     # Slots without a key take part with logit 0 if zeros is 1, and don't if it is 0.
     absent = zeros * (kernel_size - tl.sum(count, -1))
@@ -190,12 +191,13 @@ def softmax_weights(products, count, kernel_size, zeros, scale):
     # Where slots have no key, largest is at least 0; elsewhere exp(-largest) may be infinite.
     absent *= tl.exp(-tl.maximum(largest, 0.0))
     total = tl.sum(weights, -1) + absent
-    return weights, absent, tl.where(total == 0, 1.0, total)
+    # One that has keys but no weight, all its logits being -inf, is NaN, as it is everywhere else.
+    return weights, absent, tl.where((total == 0) & (tl.sum(count, -1) == 0), 1.0, total)
 
 
 @triton.jit
 def logit_gradients(weights, absent, total, dp, meets, scale):
-    """p, and the gradients of the logits times scale, from those of p; all (ROWS, ROWS)."""
+    """p, and the gradients of the logits times scale, from those of p; all of one shape."""
     # A query that isn't finite must not reach the keys that it doesn't meet.
     p = tl.where(meets, weights / total.expand_dims(-1), 0.0)
     # The mean is subtracted twice: where one key takes nearly all the weight, its difference from

@@ -129,12 +129,12 @@ MUTANTS = {
     ),
     "rolling: the first queries forgotten": Mutant(
         ROLLING,
-        "begin = part * part_tiles - (part == 0).to(tl.int32)",
-        "begin = part * part_tiles",
+        "begin = stretch * stretch_tiles - (stretch == 0).to(tl.int32)",
+        "begin = stretch * stretch_tiles",
         LONG,
     ),
     "rolling: windows of the tile's frames, not of its queries": Mutant(
-        ROLLING, "_rows(row, first + back, head,", "_rows(row, first, head,", LONG
+        ROLLING, "_rows(row, first + back, clip", "_rows(row, first, clip", LONG
     ),
     "rolling: the new tile before the old one": Mutant(
         ROLLING, "first + column % 2 * FRAMES", "first + (1 - column % 2) * FRAMES", LONG

@@ -309,11 +309,13 @@ def triton_takes(problem: Problem) -> bool:
     sequences = 1 << (problem.heads - 1).bit_length() if table else 1
     if sequences << (problem.frames - 1).bit_length() <= rows:
         return True
-    reach = problem.kernel_size - 1
+    length = -(-problem.frames // problem.dilation)  # of a clip's frames that meet
+    before = problem.kernel_size - 1 if problem.causal else problem.kernel_size // 2
+    behind = problem.kernel_size - 1 - before
     if problem.edge == "shift" and not problem.causal:
-        reach *= 2
+        before = behind = problem.kernel_size - 1
     span = max(16, rows // 2) // sequences
-    return reach <= span and span > 0
+    return 0 < span >= min(before, length - 1) + min(behind, length - 1)
 
 
 NAMED = {
@@ -332,6 +334,9 @@ NAMED = {
     "far longer than a tile": Problem(frames=150, heads=1, lead=(2,), head_dim=8),
     "long, dilated, shifted, classes of unequal length": Problem(
         frames=101, dilation=3, edge="shift", heads=1, lead=()
+    ),
+    "long, windows wider than the dilation leaves frames": Problem(
+        frames=70, kernel_size=41, dilation=10, heads=1, lead=()
     ),
     "long, causal, zeros": Problem(frames=70, causal=True, edge="zero", heads=2, lead=()),
     "long, as wide a window as tiles allow": Problem(

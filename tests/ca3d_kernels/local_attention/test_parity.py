@@ -133,6 +133,18 @@ def test_large_logits_do_not_overflow(dtype: torch.dtype, backend: str) -> None:
     assert torch.equal(output[0, 1, :, 7], expected)
 
 
+@pytest.mark.parametrize("frames", [5, 40])
+@pytest.mark.parametrize("edge", PARAMETERS["edge"])
+def test_a_query_without_any_weight_is_nan(edge: str, frames: int, backend: str) -> None:
+    # Every logit is -inf, but that of 0 where a window leaves the clip and zeros take part.
+    q = torch.full((1, 1, frames, 16), 1e20)
+    v = torch.ones(1, 1, frames, 16)
+    output = local_temporal_attention(q, -q, v, kernel_size=3, edge=edge, backend=backend)
+    assert output[..., 1:-1, :].isnan().all()
+    ends = output[..., [0, -1], :]
+    assert ends.eq(0).all() if edge == "zero" else ends.isnan().all()
+
+
 def with_gradients(backend: str, edge: str, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Output and gradients of q, k and v for windows of 3; the last input is the output's."""
     *operands, grad = inputs
