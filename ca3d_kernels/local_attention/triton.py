@@ -136,14 +136,14 @@ def _launch(operands: dict[str, Tensor], options: Options) -> Launch:
     function = getattr(module, f"attention{kind}_{'backward' if backward else 'forward'}")
     num_warps = cut.rows // 8 * (2 if head_dim > 64 else 1) * (2 if parts == 1 else 1)
     if cut.rolling:
-        # A thread has 16 bytes of a tile, or 32 where that would be more threads than registers.
+        # A thread has 16 bytes of a tile, or 32 where more threads would have too few registers.
         num_warps = min(8, cut.rows * columns * q.element_size() // (16 * 32))
     contents = None
     if table and q.is_meta:
         contents = {"key_counts": key_counts(tuple(table), heads, options.kernel_size, _CPU)}
     # Without a limit of its own the assembler stops at 128 registers on some GPUs, and spills.
     limits = {"maxnreg": 255} if (backward or cut.rolling) and num_warps <= 8 else None
-    if cut.rolling and not backward and parts > 1:
+    if cut.rolling and cut.rows == 16 and not backward and parts > 1:
         # As many as let 12 or 16 warps share a multiprocessor.
         limits = {"maxnreg": 168 if num_warps == 4 else 128}
     return Launch(
