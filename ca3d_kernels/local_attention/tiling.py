@@ -5,7 +5,7 @@ from typing import NamedTuple
 from ca3d_kernels.backends import UnsupportedInputError
 from ca3d_kernels.local_attention.op import Options
 
-# Tiles that a program goes along; where another one takes over, both read the next to each other.
+# Tiles that a program goes along. Where another takes over, each reads a tile of the other's too.
 STRETCH = 32
 
 

@@ -36,7 +36,9 @@ RUN_TIME += [
 
 @triton.jit
 def _stretch_of_a_clip(program, heads, frames, dilation, stretches, TABLE_HEADS: tl.constexpr):
-    """Position, number of the stretch, and the clip: head, first frame, length, dilation, heads."""
+    """Position, number of the stretch, length of the clip, and the clip: head, first frame, length,
+    dilation, and the number of all heads.
+    """
     stretch = program % stretches
     start = program // stretches % dilation
     position = program // stretches // dilation
@@ -45,14 +47,15 @@ def _stretch_of_a_clip(program, heads, frames, dilation, stretches, TABLE_HEADS:
         head = position % heads
         position = position // heads
     length = (frames - start + dilation - 1) // dilation
-    return position, stretch, (head, start, length, dilation, heads)
+    return position, stretch, length, (head, start, length, dilation, heads)
 
 
 @triton.jit
-def _first_row(position, inner, outer_stride, inner_stride, ALIGNED: tl.constexpr):
-    """Where an operand's frame 0 of head 0 of a position lies, in elements."""
+def _operand(x, position, inner, outer_stride, inner_stride, head_stride, frame_stride,
+             ALIGNED: tl.constexpr):  # fmt: skip
+    """Where frame 0 of head 0 of a position lies, and how far heads and frames are apart."""
     offset = (position // inner) * outer_stride + (position % inner) * inner_stride
-    return tl.multiple_of(offset, ALIGNED)
+    return x + tl.multiple_of(offset, ALIGNED), head_stride, frame_stride
 
 
 @triton.jit
@@ -65,45 +68,37 @@ def _rows(row, first, clip, FRAMES: tl.constexpr):
 
 
 @triton.jit
-def _elements(row, first, clip, head_stride, frame_stride,
-              HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
-              FRAMES: tl.constexpr):  # fmt: skip
-    """Where the elements of a tile lie, counted from `_first_row`, and whether they exist."""
+def _elements(x, row, first, clip, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+              ALIGNED: tl.constexpr, FRAMES: tl.constexpr):  # fmt: skip
+    """Addresses of the elements of a tile, and whether they exist: (ROWS, COLUMNS)."""
     i = tl.arange(0, COLUMNS)[None, :]  # element of a row
     head, frame, exists = _rows(row, first, clip, FRAMES)
     _, start, _, dilation, _ = clip
+    origin, head_stride, frame_stride = x
     at = head * head_stride + (start + frame * dilation) * frame_stride
     at = tl.multiple_of(at, [ALIGNED, ALIGNED])
     if COLUMNS > HEAD_DIM:
         exists = exists & (i < HEAD_DIM)
-    return at + i, exists  # [ROWS, COLUMNS]
+    return origin + (at + i), exists
 
 
 @triton.jit
-def _load(x, row, first, clip, head_stride, frame_stride,
-          HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
-          PARTS: tl.constexpr, FRAMES: tl.constexpr):  # fmt: skip
+def _load(x, row, first, clip, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+          ALIGNED: tl.constexpr, PARTS: tl.constexpr, FRAMES: tl.constexpr):  # fmt: skip
     """A tile of an operand, (ROWS, COLUMNS)."""
-    at, exists = _elements(
-        row, first, clip, head_stride, frame_stride,
-        HEAD_DIM, COLUMNS, ALIGNED, FRAMES,
-    )  # fmt: skip
-    values = tl.load(x + at, mask=exists, other=0)
+    at, exists = _elements(x, row, first, clip, HEAD_DIM, COLUMNS, ALIGNED, FRAMES)
+    values = tl.load(at, mask=exists, other=0)
     if PARTS == 1:
         values = values.to(tl.float32)
     return values
 
 
 @triton.jit
-def _store(x, values, kept, row, first, clip, head_stride, frame_stride,
-           HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
-           FRAMES: tl.constexpr):  # fmt: skip
+def _store(x, values, kept, row, first, clip, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+           ALIGNED: tl.constexpr, FRAMES: tl.constexpr):  # fmt: skip
     """Writes a tile of a result, (ROWS, COLUMNS), if it is `kept`."""
-    at, exists = _elements(
-        row, first, clip, head_stride, frame_stride,
-        HEAD_DIM, COLUMNS, ALIGNED, FRAMES,
-    )  # fmt: skip
-    tl.store(x + at, values.to(x.dtype.element_ty), mask=exists & kept)
+    at, exists = _elements(x, row, first, clip, HEAD_DIM, COLUMNS, ALIGNED, FRAMES)
+    tl.store(at, values.to(at.dtype.element_ty), mask=exists & kept)
 
 
 @triton.jit
@@ -148,49 +143,34 @@ def attention_rolling_forward(
     ROWS: tl.constexpr, FRAMES: tl.constexpr, TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale q k^T) v over the window of each frame."""
-    position, stretch, clip = _stretch_of_a_clip(
+    position, stretch, length, clip = _stretch_of_a_clip(
         tl.program_id(0), heads, frames, dilation, stretches, TABLE_HEADS
     )
-    q += _first_row(position, inner, q_outer, q_inner, ALIGNED)
-    k += _first_row(position, inner, k_outer, k_inner, ALIGNED)
-    v += _first_row(position, inner, v_outer, v_inner, ALIGNED)
-    o += _first_row(position, inner, o_outer, o_inner, ALIGNED)
+    q = _operand(q, position, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
+    k = _operand(k, position, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
+    v = _operand(v, position, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
+    o = _operand(o, position, inner, o_outer, o_inner, o_head, o_frame, ALIGNED)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, 2 * ROWS)[None, :]
     # The first queries of the clip lie before the first step of others.
     begin = stretch * stretch_tiles - (stretch == 0).to(tl.int32)
-    end = tl.minimum((stretch + 1) * stretch_tiles, (clip[2] + FRAMES - 1) // FRAMES)
-    old_k = _load(
-        k, row, begin * FRAMES, clip, k_head, k_frame,
-        HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-    )  # fmt: skip
-    old_v = _load(
-        v, row, begin * FRAMES, clip, v_head, v_frame,
-        HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-    )  # fmt: skip
+    end = tl.minimum((stretch + 1) * stretch_tiles, (length + FRAMES - 1) // FRAMES)
+    old_k = _load(k, row, begin * FRAMES, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
+    old_v = _load(v, row, begin * FRAMES, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
     for tile in tl.range(begin, end, num_stages=1):
         first = tile * FRAMES
-        new_k = _load(
-            k, row, first + FRAMES, clip, k_head, k_frame,
-            HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-        )  # fmt: skip
-        b_q = _load(
-            q, row, first + back, clip, q_head, q_frame,
-            HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-        )  # fmt: skip
+        new_k = _load(k, row, first + FRAMES, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
+        b_q = _load(q, row, first + back, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
         count = _multiplicity(
             row, column, first, back, clip, kernel_size, before, shift, key_counts,
             FRAMES, TABLE_HEADS,
         )  # [ROWS, 2 ROWS]  # fmt: skip
         products = matmul(b_q, tl.trans(_paired(old_k, new_k)))
         weights, _, total = softmax_weights(products, count, kernel_size, zeros, scale)
-        new_v = _load(
-            v, row, first + FRAMES, clip, v_head, v_frame,
-            HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-        )  # fmt: skip
+        new_v = _load(v, row, first + FRAMES, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
         b_o = weighted_sum(weights, _paired(old_v, new_v), count > 0, PARTS)
         _store(
             o, b_o / total[:, None], True, row, first + back, clip,
-            o_head, o_frame, HEAD_DIM, COLUMNS, ALIGNED, FRAMES,
+            HEAD_DIM, COLUMNS, ALIGNED, FRAMES,
         )  # fmt: skip
         old_k, old_v = new_k, new_v
 
@@ -214,41 +194,30 @@ def attention_rolling_backward(
     """Gradients of `attention_rolling_forward`; the probabilities are computed again.
 
     dk and dv of a tile are summed over two steps, in registers: no atomics, the same bits every
-    time. The first step of a stretch is the last one of the stretch before: both do it.
+    time. The first step of a stretch is the last one of the stretch before: both do it. Operands
+    are loaded as late, and sums stored as early, as keeps every step within the registers.
     """
-    position, stretch, clip = _stretch_of_a_clip(
+    position, stretch, length, clip = _stretch_of_a_clip(
         tl.program_id(0), heads, frames, dilation, stretches, TABLE_HEADS
     )
-    q += _first_row(position, inner, q_outer, q_inner, ALIGNED)
-    k += _first_row(position, inner, k_outer, k_inner, ALIGNED)
-    v += _first_row(position, inner, v_outer, v_inner, ALIGNED)
-    do += _first_row(position, inner, do_outer, do_inner, ALIGNED)
-    dq += _first_row(position, inner, dq_outer, dq_inner, ALIGNED)
-    dk += _first_row(position, inner, dk_outer, dk_inner, ALIGNED)
-    dv += _first_row(position, inner, dv_outer, dv_inner, ALIGNED)
+    q = _operand(q, position, inner, q_outer, q_inner, q_head, q_frame, ALIGNED)
+    k = _operand(k, position, inner, k_outer, k_inner, k_head, k_frame, ALIGNED)
+    v = _operand(v, position, inner, v_outer, v_inner, v_head, v_frame, ALIGNED)
+    do = _operand(do, position, inner, do_outer, do_inner, do_head, do_frame, ALIGNED)
+    dq = _operand(dq, position, inner, dq_outer, dq_inner, dq_head, dq_frame, ALIGNED)
+    dk = _operand(dk, position, inner, dk_outer, dk_inner, dk_head, dk_frame, ALIGNED)
+    dv = _operand(dv, position, inner, dv_outer, dv_inner, dv_head, dv_frame, ALIGNED)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, 2 * ROWS)[None, :]
     begin = stretch * stretch_tiles
-    end = tl.minimum((stretch + 1) * stretch_tiles, (clip[2] + FRAMES - 1) // FRAMES)
-    old_k = _load(
-        k, row, (begin - 1) * FRAMES, clip, k_head, k_frame,
-        HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-    )  # fmt: skip
-    old_v = _load(
-        v, row, (begin - 1) * FRAMES, clip, v_head, v_frame,
-        HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-    )  # fmt: skip
+    end = tl.minimum((stretch + 1) * stretch_tiles, (length + FRAMES - 1) // FRAMES)
+    old_k = _load(k, row, (begin - 1) * FRAMES, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
+    old_v = _load(v, row, (begin - 1) * FRAMES, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
     old_dk = tl.zeros((ROWS, COLUMNS), tl.float32)
     old_dv = old_dk
     for tile in tl.range(begin - 1, end, num_stages=1):
         first = tile * FRAMES
-        new_k = _load(
-            k, row, first + FRAMES, clip, k_head, k_frame,
-            HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-        )  # fmt: skip
-        b_q = _load(
-            q, row, first + back, clip, q_head, q_frame,
-            HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-        )  # fmt: skip
+        new_k = _load(k, row, first + FRAMES, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
+        b_q = _load(q, row, first + back, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
         count = _multiplicity(
             row, column, first, back, clip, kernel_size, before, shift, key_counts,
             FRAMES, TABLE_HEADS,
@@ -258,34 +227,22 @@ def attention_rolling_backward(
         b_k = _paired(old_k, new_k)  # [2 ROWS, COLUMNS]
         products = matmul(b_q, tl.trans(b_k))
         weights, absent, total = softmax_weights(products, count, kernel_size, zeros, scale)
-        new_v = _load(
-            v, row, first + FRAMES, clip, v_head, v_frame,
-            HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-        )  # fmt: skip
-        b_do = _load(
-            do, row, first + back, clip, do_head, do_frame,
-            HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES,
-        )  # fmt: skip
+        new_v = _load(v, row, first + FRAMES, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
+        b_do = _load(do, row, first + back, clip, HEAD_DIM, COLUMNS, ALIGNED, PARTS, FRAMES)
         dp = matmul(b_do, tl.trans(_paired(old_v, new_v)))
         dp = tl.where(meets, dp, 0.0)  # [ROWS, 2 ROWS]
         p, ds = logit_gradients(weights, absent, total, dp, meets, scale)
         old_ds, new_ds = _apart(ds)
         old_dk += weighted_sum(tl.trans(old_ds), b_q, tl.trans(old_meets), PARTS)
-        _store(
-            dk, old_dk, tile >= begin, row, first, clip,
-            dk_head, dk_frame, HEAD_DIM, COLUMNS, ALIGNED, FRAMES,
-        )  # fmt: skip
+        _store(dk, old_dk, tile >= begin, row, first, clip, HEAD_DIM, COLUMNS, ALIGNED, FRAMES)
         old_dk = weighted_sum(tl.trans(new_ds), b_q, tl.trans(new_meets), PARTS)
         old_p, new_p = _apart(p)
         old_dv += weighted_sum(tl.trans(old_p), b_do, tl.trans(old_meets), PARTS)
-        _store(
-            dv, old_dv, tile >= begin, row, first, clip,
-            dv_head, dv_frame, HEAD_DIM, COLUMNS, ALIGNED, FRAMES,
-        )  # fmt: skip
+        _store(dv, old_dv, tile >= begin, row, first, clip, HEAD_DIM, COLUMNS, ALIGNED, FRAMES)
         old_dv = weighted_sum(tl.trans(new_p), b_do, tl.trans(new_meets), PARTS)
         b_dq = weighted_sum(ds, b_k, meets, PARTS)
         _store(
             dq, b_dq, (tile >= begin) | (stretch == 0), row, first + back, clip,
-            dq_head, dq_frame, HEAD_DIM, COLUMNS, ALIGNED, FRAMES,
+            HEAD_DIM, COLUMNS, ALIGNED, FRAMES,
         )  # fmt: skip
         old_k, old_v = new_k, new_v
