@@ -151,6 +151,7 @@ _RECIPE: dict[str, Any] = {
 def _recognise(config: DemoConfig, data: Path, out: Path, folder: Path) -> dict[str, Any]:
     """Draws the pictures of the report and returns the figures in it."""
     import ca3d
+    from ca3d import weights
     from ca3d.report.sheet import Strip, draw_contact_sheet
     from ca3d.report.timeline import draw_timeline
 
@@ -176,6 +177,8 @@ def _recognise(config: DemoConfig, data: Path, out: Path, folder: Path) -> dict[
     parts = [strips[place] for place in _FILM]
     film, ends = _join_videos([part.path for part in parts], out / "film.avi")
     predictor = ca3d.load(folder, device="cpu")
+    # The predictor's model is fused, and has other parameters.
+    trained, _ = weights.load(folder / "best.safetensors")
     truth = [
         (begin, end, part.label)
         for begin, end, part in zip([0.0, *ends], ends, parts, strict=False)
@@ -196,7 +199,7 @@ def _recognise(config: DemoConfig, data: Path, out: Path, folder: Path) -> dict[
         ),
         "shuffled": _accuracy_of_shuffled(config, data, folder),
         "film": [part.label for part in parts],
-        "parameters": sum(p.numel() for p in predictor.model.parameters()),
+        "parameters": sum(p.numel() for p in trained.parameters()),
         "sheet_right": right,
         "sheet_all": len(strips),
     }
