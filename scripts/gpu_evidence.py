@@ -273,8 +273,9 @@ Written by `python scripts/gpu_evidence.py` with triton {triton} and a CUDA libr
 """
 COMPILED = """## Compiled code (computed, not measured)
 
-Spills are bytes of local memory of a thread; 0 is what the tests demand of these problems (Triton's
-backward pass in float32 with a head_dim above 64 has up to 72 for clips of more than 16 frames).
+Spills are bytes of local memory of a thread; 0 is what the tests demand of these problems. (Of
+other clips that are longer than a tile, Triton's backward pass has up to 72: in float32 with a
+head_dim above 64, and on sm_75.)
 Widths count memory instructions in the machine code. The last column is the theoretical occupancy
 that registers, shared memory and block size allow.
 
