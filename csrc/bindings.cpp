@@ -248,7 +248,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("column_weight"), py::arg("filters"), py::arg("threads"));
   m.def("temporal_block", &temporal_block, py::arg("problem"), py::arg("weights"), py::arg("x"),
         py::arg("out"), py::arg("threads"));
-  m.def("folded_conv_panel", &ca3d::folded_conv_panel);
+  m.def("folded_conv_panel", &ca3d::folded_conv_panel, py::arg("outputs"));
   m.def("folded_conv", &folded_conv, py::arg("dtype"), py::arg("sizes"), py::arg("filters"),
         py::arg("affine"), py::arg("x"), py::arg("residual"), py::arg("z"), py::arg("threads"));
   m.def("folded_epilogue", &folded_epilogue, py::arg("dtype"), py::arg("matrix"), py::arg("affine"),

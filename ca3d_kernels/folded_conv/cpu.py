@@ -113,7 +113,7 @@ class NativeKernels:
 
     def _prepared(self, weight: Tensor, groups: int) -> Tensor:
         """The filters of a weight."""
-        panel = self._native.folded_conv_panel()
+        panel = self._native.folded_conv_panel(weight.shape[0] // groups)
         # Tensors made in inference mode have no version that would tell of a change.
         version = None
         if not weight.is_inference():

@@ -69,6 +69,13 @@ int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+const FoldedConvPanel& panel_for(const FoldedConvKernels& isa, int64_t outputs) {
+  const auto padded = [&](const FoldedConvPanel& panel) {
+    return divide_up(outputs, panel.columns) * panel.columns;
+  };
+  return padded(isa.wide) > padded(isa.narrow) ? isa.narrow : isa.wide;
+}
+
 // About how long a task takes; 1 is what one tile's products for all outputs of a group take.
 double task_cost(int64_t tiles, int64_t parts, int64_t outputs, int64_t rows) {
   // Rows that don't fill the registers; each block of them takes at least the time of four.
@@ -84,7 +91,9 @@ double task_cost(int64_t tiles, int64_t parts, int64_t outputs, int64_t rows) {
 // Cuts tiles into blocks and outputs into parts so that the busiest thread has the least to do.
 void cut(FoldedConvTables& tables, const FoldedConvKernels& isa, int threads) {
   const FoldedConvProblem& problem = tables.problem;
-  tables.panels = divide_up(problem.outputs, isa.panel);
+  const FoldedConvPanel& panel = panel_for(isa, problem.outputs);
+  tables.panel = panel.columns;
+  tables.panels = divide_up(problem.outputs, panel.columns);
   const int64_t least = divide_up(tables.tiles, kMostTiles);
   const int64_t most = std::min(least + 2 * threads, tables.tiles);
   double best = 0;
@@ -93,7 +102,7 @@ void cut(FoldedConvTables& tables, const FoldedConvKernels& isa, int threads) {
       const int64_t tiles = divide_up(tables.tiles, blocks);
       const int64_t tasks = divide_up(tables.tiles, tiles) * parts * problem.groups;
       const double cost = static_cast<double>(divide_up(tasks, threads)) *
-                          task_cost(tiles, parts, problem.outputs, isa.register_rows);
+                          task_cost(tiles, parts, problem.outputs, panel.rows);
       if (tables.parts == 0 || cost < best) {
         best = cost;
         tables.parts = parts;
@@ -106,8 +115,9 @@ void cut(FoldedConvTables& tables, const FoldedConvKernels& isa, int threads) {
 
 }  // namespace
 
-int64_t folded_conv_panel() {
-  return kernels().panel;
+int64_t folded_conv_panel(int64_t outputs) {
+  check_channels("outputs", outputs);
+  return panel_for(kernels(), outputs).columns;
 }
 
 void folded_conv(const FoldedConvProblem& problem, const float* filters,

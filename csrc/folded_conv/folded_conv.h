@@ -29,10 +29,10 @@ struct FoldedConvAffine {
   const float *bias, *scale, *shift, *residual_scale;
 };
 
-// Columns of a group's outputs that lie side by side in the filters of the instruction set in use:
+// Columns that lie side by side in filters of a group's `outputs` for the instruction set in use:
 // filters are (groups, points, outputs / panel, inputs, panel), zeros where the last panel ends
 // beyond the outputs.
-int64_t folded_conv_panel();
+int64_t folded_conv_panel(int64_t outputs);
 
 // Both write z; residual may be null. They throw std::invalid_argument before memory is touched,
 // and compute every pixel in the same order for any number of threads.
@@ -55,12 +55,18 @@ struct FoldedConvTables {
   const void *x, *residual;
   void* z;
   int64_t tile_rows, tile_columns, tiles, task_tiles, blocks;
-  int64_t panels, parts;  // panels of a group's outputs, as in the filters
+  int64_t panel, panels, parts;  // panels of a group's outputs, as in the filters
+};
+
+// Columns of a panel, and rows (tiles) that are multiplied at once.
+struct FoldedConvPanel {
+  int64_t columns, rows;
 };
 
 // The kernels of one instruction set.
 struct FoldedConvKernels {
-  int64_t panel, register_rows;  // register_rows: tiles that are multiplied at once
+  // The wide one is the faster, if it needs no more columns of zeros.
+  FoldedConvPanel wide, narrow;
   std::size_t (*scratch_bytes)(const FoldedConvTables&);
   // Tasks begin .. end - 1; `scratch` is aligned to 64 bytes.
   void (*run)(const FoldedConvTables&, int64_t begin, int64_t end, void* scratch);

@@ -12,7 +12,6 @@ namespace CA3D_ISA {
 namespace {
 
 constexpr int kCount = kLanes<float>;
-constexpr int64_t kPanel = kGemmVectors * kCount;
 constexpr int kDown = 4, kAlong = 6;  // pixels that a tile reads
 constexpr int kPoints = kDown * kAlong;
 constexpr int64_t kTileRows = 2, kTileColumns = 4;
@@ -30,7 +29,7 @@ class Worker {
   }
 
   static std::size_t scratch_bytes(const FoldedConvTables& t) {
-    const int64_t most = (t.panels + t.parts - 1) / t.parts * kPanel;
+    const int64_t most = (t.panels + t.parts - 1) / t.parts * t.panel;
     const int64_t floats = kPoints * (plane(t, t.problem.inputs) + plane(t, most));
     return static_cast<std::size_t>(floats) * sizeof(float);
   }
@@ -40,7 +39,7 @@ class Worker {
     const int64_t first = task % t_.blocks * t_.task_tiles, left = t_.tiles - first;
     tiles_ = left < t_.task_tiles ? left : t_.task_tiles;
     first_panel_ = part * t_.panels / t_.parts;
-    wide_ = ((part + 1) * t_.panels / t_.parts - first_panel_) * kPanel;
+    wide_ = ((part + 1) * t_.panels / t_.parts - first_panel_) * t_.panel;
     for (int64_t i = 0; i < tiles_; ++i) combine_inputs(first + i, i, group);
     multiply(group);
     for (int64_t i = 0; i < tiles_; ++i) combine_products(first + i, i, group);
@@ -108,17 +107,18 @@ class Worker {
   }
 
   void multiply(int64_t group) {
-    const int64_t depth = p_.inputs, wide = wide_, panel_size = depth * kPanel;
+    const int64_t depth = p_.inputs, wide = wide_, columns = t_.panel;
+    const int64_t panel_size = depth * columns;
     for (int point = 0; point < kPoints; ++point) {
       const float* left = inputs_ + point * plane(t_, depth);
       float* products = outputs_ + point * plane(t_, wide);
       const float* filter =
           t_.filters + ((group * kPoints + point) * t_.panels + first_panel_) * panel_size;
       const float* of_next_point = point + 1 < kPoints ? filter + t_.panels * panel_size : nullptr;
-      for (int64_t panel = 0; panel < wide; panel += kPanel, filter += panel_size) {
+      for (int64_t panel = 0; panel < wide; panel += columns, filter += panel_size) {
         gemm(
-            tiles_, kPanel, [=](int64_t row) { return left + row * depth; },
-            {filter, depth, kPanel, panel + kPanel < wide ? filter + panel_size : of_next_point},
+            tiles_, columns, [=](int64_t row) { return left + row * depth; },
+            {filter, depth, columns, panel + columns < wide ? filter + panel_size : of_next_point},
             [=](int64_t row, int64_t column, const V* sum, auto vectors) {
               float* to = products + row * wide + panel + column;
 #pragma GCC unroll 4
@@ -133,7 +133,7 @@ class Worker {
     const int64_t channels = p_.groups * p_.outputs;
     const int64_t start = ((at.image * p_.height + at.row) * p_.width + at.column) * channels;
     const int64_t rows = p_.height - at.row, columns = p_.width - at.column;
-    const int64_t begin = first_panel_ * kPanel, step = plane(t_, wide_);
+    const int64_t begin = first_panel_ * t_.panel, step = plane(t_, wide_);
     const int64_t left = p_.outputs - begin, count = left < wide_ ? left : wide_;
     for (int64_t channel = 0; channel < count; channel += kCount) {
       const float* from = outputs_ + i * wide_ + channel;
@@ -256,7 +256,12 @@ void epilogue(DType dtype, int64_t rows, int64_t channels, const FoldedConvAffin
 
 }  // namespace
 
-extern const FoldedConvKernels folded_conv_kernels = {kPanel, kGemmRows, &scratch_bytes, &run,
+constexpr int kNarrow = kGemmVectors < 2 ? kGemmVectors : 2;
+
+extern const FoldedConvKernels folded_conv_kernels = {{kGemmVectors * kCount, kGemmRows},
+                                                      {kNarrow * kCount, kGemmRowsOf<kNarrow>},
+                                                      &scratch_bytes,
+                                                      &run,
                                                       &epilogue};
 
 }  // namespace CA3D_ISA

@@ -3,6 +3,7 @@
 #include "temporal_block/temporal_block.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,8 +18,9 @@ namespace {
 
 constexpr int64_t kTaps = 3;
 constexpr int64_t kTileFrames = 4;
-// Frames, of all pixels of a task together, whose matrices stay in the first two caches.
-constexpr int64_t kBlockRows = 96;
+// Frames of all pixels of a task together, about: their combinations and one matrix of a filter
+// then stay in the first cache, and all filters of a head in the second.
+constexpr int64_t kBlockRows = 72;
 
 const TemporalBlockKernels& kernels() {
   switch (current_isa()) {
@@ -54,9 +56,13 @@ void check(const TemporalBlockProblem& problem, int threads) {
   }
 }
 
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 int64_t padded_dim(const TemporalBlockProblem& problem) {
   const int64_t dim = problem.attention.head_dim;
-  return (dim + kTemporalBlockPadding - 1) / kTemporalBlockPadding * kTemporalBlockPadding;
+  return divide_up(dim, kTemporalBlockPadding) * kTemporalBlockPadding;
 }
 
 // Matrices of a filter: a tile of four frames is worth it from three on.
@@ -79,7 +85,7 @@ class Plan {
     tables.head_dim = p.head_dim;
     tables.padded_dim = padded_dim(problem);
     tables.points = points(problem);
-    tables.tiles = (p.frames + kTileFrames - 1) / kTileFrames;
+    tables.tiles = divide_up(p.frames, kTileFrames);
     tables.padded_frames =
         (tables.points == kTaps ? p.frames : tables.tiles * kTileFrames) + kTaps - 1;
     tables.convolutions = problem.convolutions;
@@ -87,11 +93,13 @@ class Plan {
     tables.out = out;
     tables.scale = static_cast<float>(p.scale);
     tables.pixels = p.outer * p.inner;
-    // Blocks of nearly the same number of pixels.
+    // Blocks of nearly the same number of pixels, whose rows of matrices fill the registers.
+    const int64_t rows = tables.points == kTaps ? p.frames : tables.tiles;
+    const int64_t unit = isa.register_rows / std::gcd(rows, isa.register_rows);
     const int64_t most = std::max(kBlockRows / p.frames, int64_t{1});
-    const int64_t least_blocks = (tables.pixels + most - 1) / most;
-    tables.block_pixels = (tables.pixels + least_blocks - 1) / least_blocks;
-    tables.blocks = (tables.pixels + tables.block_pixels - 1) / tables.block_pixels;
+    const int64_t least_blocks = divide_up(tables.pixels, most);
+    tables.block_pixels = divide_up(divide_up(tables.pixels, least_blocks), unit) * unit;
+    tables.blocks = divide_up(tables.pixels, tables.block_pixels);
     tables.group_heads = table ? p.heads : 1;
     read_weights(p, problem.convolutions, weights);
     if (table) {

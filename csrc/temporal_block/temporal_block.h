@@ -92,6 +92,7 @@ struct TemporalBlockTables {
 
 // The kernels of one instruction set.
 struct TemporalBlockKernels {
+  int64_t register_rows;  // rows of a matrix that are multiplied at once
   std::size_t (*scratch_bytes)(const TemporalBlockTables&);
   // Tasks begin .. end - 1; `scratch` is aligned to 64 bytes.
   void (*run)(const TemporalBlockTables&, int64_t begin, int64_t end, void* scratch);

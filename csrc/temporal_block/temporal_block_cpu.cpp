@@ -1,12 +1,14 @@
 // CPU kernels of the folded temporal half, compiled once per instruction set.
 //
 // A task works on the frames of some pixels for one head; its rows stay in the first and second
-// cache. Frames lie one after the other, with zeros before the first and after the last. A
-// convolution computes tiles of four frames by Winograd's F(4, 3): six linear combinations of six
-// frames, each times a matrix, and four combinations of the products. Of the points 0, 1, -1, 1/2,
-// -2 and infinity the errors are a few units in the last place; with 2 instead of 1/2 they are
-// twice as large. In clips of one or two frames, the three frames under a filter are one row of a
-// matrix as they lie there, and the convolution is one product.
+// cache. A convolution computes tiles of four frames by Winograd's F(4, 3): six linear combinations
+// of six frames, each times a matrix, and four combinations of the products. Of the points 0, 1,
+// -1, 1/2, -2 and infinity the errors are a few units in the last place; with 2 instead of 1/2 they
+// are twice as large. Between two convolutions the frames exist in registers only: what goes
+// through memory are the combinations and, where they are not computed at once in their place, the
+// products. In clips of one or two frames, frames lie one after the other, with zeros before the
+// first and after the last, so that the three frames under a filter are one row of a matrix as they
+// lie there, and the convolution is one product.
 #include "common/gemm.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -68,20 +70,26 @@ class Worker {
       : t_(tables), dim_(tables.padded_dim), scratch_(memory) {
     const int64_t rows = t_.block_pixels * t_.frames;
     const int64_t padded_rows = t_.block_pixels * t_.padded_frames;
-    const int64_t tiles = t_.points == kPoints ? t_.block_pixels * t_.tiles : 0;
     lanes_ = (rows + kCount - 1) / kCount * kCount;
     x_ = scratch_.take<float>(t_.group_heads * rows * dim_);
     qkv_ = scratch_.take<float>(t_.group_heads * rows * 3 * dim_);
     y_ = scratch_.take<float>(padded_rows * dim_);
-    u_ = scratch_.take<float>(padded_rows * dim_);
-    tiles_ = scratch_.take<float>(kPoints * tiles * dim_);
-    products_ = scratch_.take<float>(kPoints * tiles * dim_);
+    if (t_.points == kPoints) {
+      // The odd line keeps the points' rows out of one set of a cache.
+      plane_ = t_.block_pixels * t_.tiles * dim_ + kCacheLine;
+      tiles_ = scratch_.take<float>(kPoints * plane_);
+      products_ = gemm_at_once(dim_) ? tiles_ : scratch_.take<float>(kPoints * plane_);
+    } else {
+      u_ = scratch_.take<float>(padded_rows * dim_);
+    }
     scores_ = scratch_.take<float>(t_.slots * lanes_);
     visible_ = scratch_.take<float>(lanes_);
     zeros_ = scratch_.take<float>(lanes_);
     key_ = scratch_.take<int64_t>(t_.slots * lanes_);
     frame_ = scratch_.take<int64_t>(lanes_);
     padded_ = scratch_.take<int64_t>(lanes_);
+    x_pixel_ = scratch_.take<int64_t>(t_.block_pixels);
+    out_pixel_ = scratch_.take<int64_t>(t_.block_pixels);
   }
 
   std::size_t scratch_bytes() const { return scratch_.used(); }
@@ -89,7 +97,10 @@ class Worker {
   // What is the same for all tasks; outside the clip it stays zero.
   void start() {
     const int64_t count = t_.block_pixels * t_.padded_frames * dim_;
-    for (int64_t i = 0; i < count; ++i) y_[i] = u_[i] = 0;
+    for (int64_t i = 0; i < count; ++i) y_[i] = 0;
+    if (u_) {
+      for (int64_t i = 0; i < count; ++i) u_[i] = 0;
+    }
     for (int64_t row = 0; row < lanes_; ++row) {
       frame_[row] = row % t_.frames;
       padded_[row] = (row / t_.frames * t_.padded_frames + frame_[row]) * dim_;
@@ -100,37 +111,43 @@ class Worker {
 
   void run(int64_t task) {
     const int64_t group = task / t_.blocks, first = task % t_.blocks * t_.block_pixels;
-    const int64_t pixels =
-        t_.pixels - first < t_.block_pixels ? t_.pixels - first : t_.block_pixels;
-    rows_ = pixels * t_.frames;
+    const int64_t left = t_.pixels - first;
+    pixels_ = left < t_.block_pixels ? left : t_.block_pixels;
+    rows_ = pixels_ * t_.frames;
+    for (int64_t i = 0; i < pixels_; ++i) {
+      const int64_t outer = (first + i) / t_.inner, inner = (first + i) % t_.inner;
+      x_pixel_[i] = outer * t_.x.outer + inner * t_.x.inner;
+      out_pixel_[i] = outer * t_.out.outer + inner * t_.out.inner;
+    }
     for (int64_t member = 0; member < t_.group_heads; ++member) {
-      project(group * t_.group_heads + member, member, first);
+      project(group * t_.group_heads + member, member);
     }
     for (int64_t member = 0; member < t_.group_heads; ++member) {
       const int64_t head = group * t_.group_heads + member;
       if (t_.group_heads > 1) look_up_keys(head);
       attend(head, member);
-      for (int64_t i = 0; i < t_.convolutions; i += 2) {
-        if (t_.points == kPoints) {
-          convolve_tiles<false>(head, i, y_, u_);
-          convolve_tiles<true>(head, i + 1, u_, y_);
-        } else {
+      if (t_.points == kPoints && t_.convolutions > 0) {
+        convolve_tiles(head);
+      } else {
+        for (int64_t i = 0; i < t_.convolutions; i += 2) {
           convolve<false>(head, i, y_, u_);
           convolve<true>(head, i + 1, u_, y_);
         }
-      }
-      for (int64_t row = 0; row < rows_; ++row) {
-        write_row(y_ + padded_[row] + dim_, t_.head_dim,
-                  static_cast<Stored*>(t_.out.data) + offset(t_.out, first, row, head));
+        for (int64_t row = 0; row < rows_; ++row) {
+          write_row(y_ + padded_[row] + dim_, t_.head_dim,
+                    out_of(head, row / t_.frames) + frame_[row] * t_.out.frame);
+        }
       }
     }
   }
 
  private:
-  int64_t offset(const TemporalBlockClip& clip, int64_t first, int64_t row, int64_t head) const {
-    const int64_t pixel = first + row / t_.frames;
-    return pixel / t_.inner * clip.outer + pixel % t_.inner * clip.inner +
-           frame_[row] * clip.frame + head * t_.head_dim;
+  // The first frame of a pixel of the task, at the head's channels.
+  const Stored* x_of(int64_t head, int64_t pixel) const {
+    return static_cast<const Stored*>(t_.x.data) + x_pixel_[pixel] + head * t_.head_dim;
+  }
+  Stored* out_of(int64_t head, int64_t pixel) const {
+    return static_cast<Stored*>(t_.out.data) + out_pixel_[pixel] + head * t_.head_dim;
   }
 
   static const float* of(const TemporalBlockMatrix& m, int64_t head, int64_t i = 0) {
@@ -158,11 +175,11 @@ class Worker {
     }
   }
 
-  void project(int64_t head, int64_t member, int64_t first) {
+  void project(int64_t head, int64_t member) {
     float* x = x_ + member * rows_ * dim_;
     for (int64_t row = 0; row < rows_; ++row) {
-      read_row(static_cast<const Stored*>(t_.x.data) + offset(t_.x, first, row, head), t_.head_dim,
-               dim_, x + row * dim_);
+      read_row(x_of(head, row / t_.frames) + frame_[row] * t_.x.frame, t_.head_dim, dim_,
+               x + row * dim_);
     }
     float* qkv = qkv_ + member * rows_ * 3 * dim_;
     const float* bias = of(t_.qkv_bias, head);
@@ -288,30 +305,79 @@ class Worker {
   }
 
   // Four frames at a time.
-  template <bool kAdd>
-  void convolve_tiles(int64_t head, int64_t i, const float* from, float* to) {
-    const Step step(t_, head, i);
-    const int64_t dim = dim_, tiles = rows_ / t_.frames * t_.tiles, plane = tiles * dim;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const float* x = from + tile_start(tile);
-      for (int64_t c = 0; c < dim; c += kCount) {
-        const V d0 = load(x + c), d1 = load(x + dim + c), d2 = load(x + 2 * dim + c);
-        const V d3 = load(x + 3 * dim + c), d4 = load(x + 4 * dim + c), d5 = load(x + 5 * dim + c);
-        float* at = tiles_ + tile * dim + c;
-        store(at, (d0 + d4) + (d3 - d1) * 1.5f - d2 * 2.f);
-        store(at + plane, (d4 - d1) * 2.f + d2 + d3 * 5.f);
-        store(at + 2 * plane, d2 * 5.f - (d1 + d4) * 2.f - d3);
-        store(at + 3 * plane, (d1 - d3) * 2.f + (d2 - d4));
-        store(at + 4 * plane, (d4 - d2) * 2.f + (d1 - d3));
-        store(at + 5 * plane, (d1 + d5) + (d4 - d2) * 1.5f - d3 * 2.f);
+  void convolve_tiles(int64_t head) {
+    for (int64_t pixel = 0; pixel < pixels_; ++pixel) combine_frames(pixel);
+    for (int64_t i = 0; i < t_.convolutions; ++i) {
+      multiply(head, i);
+      const Step step(t_, head, i);
+      const bool last = i + 1 == t_.convolutions;
+      for (int64_t pixel = 0; pixel < pixels_; ++pixel) {
+        if (last) {
+          combine_products<true, true>(head, pixel, step);
+        } else if (i % 2 == 1) {
+          combine_products<true, false>(head, pixel, step);
+        } else {
+          combine_products<false, false>(head, pixel, step);
+        }
       }
     }
+  }
+
+  // The frames under a tile: the one before, its four, and the one behind.
+  struct Frames {
+    V before = {}, own[kTileFrames] = {};
+
+    // Writes the combinations, to each point's plane, and goes on to the next tile.
+    void combine(const V* next, float* to, int64_t plane) {
+      const V d0 = before, d1 = own[0], d2 = own[1], d3 = own[2], d4 = own[3], d5 = next[0];
+      const V a = d1 - d3, b = d2 - d4;
+      store(to, (d0 + d4) - a * 1.5f - d2 * 2.f);
+      store(to + plane, (d4 - d1) * 2.f + d2 + d3 * 5.f);
+      store(to + 2 * plane, d2 * 5.f - (d1 + d4) * 2.f - d3);
+      store(to + 3 * plane, a * 2.f + b);
+      store(to + 4 * plane, a - b * 2.f);
+      store(to + 5 * plane, (d1 + d5) - b * 1.5f - d3 * 2.f);
+      go_on(next);
+    }
+
+    void go_on(const V* next) {
+      before = own[kTileFrames - 1];
+#pragma GCC unroll 4
+      for (int f = 0; f < kTileFrames; ++f) own[f] = next[f];
+    }
+  };
+
+  // The combinations of y, for the first convolution.
+  void combine_frames(int64_t pixel) {
+    const float* y = y_ + (pixel * t_.padded_frames + 1) * dim_;
+    float* to = tiles_ + pixel * t_.tiles * dim_;
+    const V none[kTileFrames] = {};
+    for (int64_t c = 0; c < dim_; c += kCount) {
+      Frames frames;
+      for (int64_t tile = 0; tile < t_.tiles; ++tile) {
+        V next[kTileFrames];
+#pragma GCC unroll 4
+        for (int f = 0; f < kTileFrames; ++f) {
+          next[f] = load(y + (tile * kTileFrames + f) * dim_ + c);
+        }
+        if (tile == 0) {
+          frames.go_on(next);
+        } else {
+          frames.combine(next, to + (tile - 1) * dim_ + c, plane_);
+        }
+      }
+      frames.combine(none, to + (t_.tiles - 1) * dim_ + c, plane_);
+    }
+  }
+
+  void multiply(int64_t head, int64_t i) {
+    const int64_t dim = dim_;
     for (int64_t point = 0; point < kPoints; ++point) {
-      const float *left = tiles_ + point * plane,
+      const float *left = tiles_ + point * plane_,
                   *filter = of(t_.filters, head, i) + point * dim * dim;
-      float* products = products_ + point * plane;
+      float* products = products_ + point * plane_;
       gemm(
-          tiles, dim, [=](int64_t row) { return left + row * dim; },
+          pixels_ * t_.tiles, dim, [=](int64_t row) { return left + row * dim; },
           {filter, t_.head_dim, dim,
            point + 1 < kPoints ? filter + dim * dim : filter_of(head, i + 1)},
           [=](int64_t row, int64_t column, const V* sum, auto vectors) {
@@ -321,37 +387,96 @@ class Worker {
             }
           });
     }
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t left = t_.frames - tile % t_.tiles * kTileFrames;
-      float* into = to + tile_start(tile) + dim;
-      for (int64_t c = 0; c < dim; c += kCount) {
-        const float* m = products_ + tile * dim + c;
-        const V m1 = load(m + plane), m2 = load(m + 2 * plane), m3 = load(m + 3 * plane);
-        const V m4 = load(m + 4 * plane), sum = m1 + m2, difference = m1 - m2;
-        float* z = into + c;
-        step.template finish<kAdd>(load(m) + sum + m3 + m4, c, z);
-        if (left > 1) {
-          step.template finish<kAdd>(difference + m3 * 0.5f - m4 * 2.f, c, z + dim);
+  }
+
+  // From a pixel's products to its frames, with y's if they are to be added, and on to the
+  // combinations that the next convolution multiplies, or to the output.
+  template <bool kAdd, bool kLast>
+  void combine_products(int64_t head, int64_t pixel, const Step& step) {
+    float* y = y_ + (pixel * t_.padded_frames + 1) * dim_;
+    const float* from = products_ + pixel * t_.tiles * dim_;
+    float* to = tiles_ + pixel * t_.tiles * dim_;
+    Stored* out = kLast ? out_of(head, pixel) : nullptr;
+    const int64_t dim = dim_, plane = plane_, tiles = t_.tiles, whole = t_.frames / kTileFrames;
+    for (int64_t c = 0; c < dim; c += kCount) {
+      const V bias = load(step.bias + c), scale = load(step.scale + c);
+      const V shift = load(step.shift + c);
+      Frames frames;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const float* m = from + tile * dim + c;
+        float* own = y + tile * kTileFrames * dim + c;
+        // Each of the four sums holds this product once, so that it can bring the bias.
+        const V m1 = load(m + plane) + bias;
+        const V m2 = load(m + 2 * plane), m3 = load(m + 3 * plane), m4 = load(m + 4 * plane);
+        const V sum = m1 + m2, difference = m1 - m2;
+        V z[kTileFrames] = {
+            load(m) + sum + m3 + m4,
+            difference + m3 * 0.5f - m4 * 2.f,
+            sum + m3 * 0.25f + m4 * 4.f,
+            difference + m3 * 0.125f - m4 * 8.f + load(m + 5 * plane),
+        };
+#pragma GCC unroll 4
+        for (int f = 0; f < kTileFrames; ++f) {
+          z[f] = max<float>(V{}, z[f]) * scale + shift;  // NaN stays
+          if (kAdd) z[f] += load(own + f * dim);
         }
-        if (left > 2) step.template finish<kAdd>(sum + m3 * 0.25f + m4 * 4.f, c, z + 2 * dim);
-        if (left > 3) {
-          step.template finish<kAdd>(difference + m3 * 0.125f - m4 * 8.f + load(m + 5 * plane), c,
-                                     z + 3 * dim);
+        if (kLast) {
+          write_tile(z, tile, c, out);
+          continue;
         }
+        if (tile == whole) {
+#pragma GCC unroll 4
+          for (int f = 0; f < kTileFrames; ++f) {
+            if (tile * kTileFrames + f >= t_.frames) z[f] = V{};
+          }
+        }
+        if (kAdd) {
+#pragma GCC unroll 4
+          for (int f = 0; f < kTileFrames; ++f) store(own + f * dim, z[f]);
+        }
+        if (tile == 0) {
+          frames.go_on(z);
+        } else {
+          frames.combine(z, to + (tile - 1) * dim + c, plane);
+        }
+      }
+      const V none[kTileFrames] = {};
+      if (!kLast) frames.combine(none, to + (tiles - 1) * dim + c, plane);
+    }
+  }
+
+  // Columns from c on of a tile of the output, as far as there are such frames and columns.
+  void write_tile(const V* z, int64_t tile, int64_t c, Stored* out) const {
+    const int64_t first = tile * kTileFrames, step = t_.out.frame;
+    Stored* row = out + first * step + c;
+    if (first + kTileFrames <= t_.frames && c + kCount <= t_.head_dim) {
+#pragma GCC unroll 4
+      for (int f = 0; f < kTileFrames; ++f) store(row + f * step, z[f]);
+    } else {
+#pragma GCC unroll 4
+      for (int f = 0; f < kTileFrames; ++f) {
+        if (first + f < t_.frames) write(z[f], t_.head_dim - c, row + f * step);
       }
     }
   }
 
-  // First of the six frames that a tile of four reads.
-  int64_t tile_start(int64_t tile) const {
-    return (tile / t_.tiles * t_.padded_frames + tile % t_.tiles * kTileFrames) * dim_;
+  static void write(V x, int64_t columns, Stored* to) {
+    if (columns >= kCount) {
+      store(to, x);
+    } else if (columns > 0) {
+      Stored rest[kCount];
+      store(rest, x);
+      __builtin_memcpy(to, rest, columns * sizeof(Stored));
+    }
   }
 
   const TemporalBlockTables& t_;
-  int64_t dim_, lanes_, rows_ = 0;
+  // Of the task: its pixels, and their frames.
+  int64_t dim_, lanes_, plane_ = 0, pixels_ = 0, rows_ = 0;
   Scratch scratch_;
-  float *x_, *qkv_, *y_, *u_, *tiles_, *products_, *scores_, *visible_, *zeros_;
-  int64_t *key_, *frame_, *padded_;
+  float *x_, *qkv_, *y_, *u_ = nullptr, *tiles_ = nullptr, *products_ = nullptr;
+  float *scores_, *visible_, *zeros_;
+  int64_t *key_, *frame_, *padded_, *x_pixel_, *out_pixel_;
 };
 
 std::size_t scratch_bytes(const TemporalBlockTables& tables) {
@@ -413,7 +538,8 @@ void filters(DType dtype, const void* from, int64_t head_dim, int64_t padded_dim
 
 }  // namespace
 
-extern const TemporalBlockKernels temporal_block_kernels = {&scratch_bytes, &run, &widen, &filters};
+extern const TemporalBlockKernels temporal_block_kernels = {kGemmRows, &scratch_bytes, &run, &widen,
+                                                            &filters};
 
 }  // namespace CA3D_ISA
 }  // namespace ca3d

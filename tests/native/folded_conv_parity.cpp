@@ -58,7 +58,8 @@ std::vector<float> filters_of(const std::vector<float>& weight, const ca3d::Fold
                              {16 / 15., 8 / 15., 4 / 15.},
                              {1 / 30., -1 / 15., 2 / 15.},
                              {0, 0, 1}};
-  const int64_t panel = ca3d::folded_conv_panel(), panels = (p.outputs + panel - 1) / panel;
+  const int64_t panel = ca3d::folded_conv_panel(p.outputs),
+                panels = (p.outputs + panel - 1) / panel;
   std::vector<float> filters(p.groups * 24 * panels * p.inputs * panel);
   for (int64_t g = 0; g < p.groups; ++g) {
     for (int64_t point = 0; point < 24; ++point) {
