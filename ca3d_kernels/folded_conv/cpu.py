@@ -130,7 +130,12 @@ class NativeKernels:
 def _numbers(affine: Affine, channels: int) -> list[Tensor]:
     """Bias, scale, shift and factor of the residual of every channel, each (K,) in float32."""
     rows = (affine.bias, affine.scale, affine.shift, affine.residual_scale)
-    return [_ones(channels) if row is None else row.float().contiguous() for row in rows]
+    return [_ones(channels) if row is None else _plain(row) for row in rows]
+
+
+def _plain(row: Tensor) -> Tensor:
+    plain = row.dtype == torch.float32 and row.is_contiguous()
+    return row if plain else row.float().contiguous()
 
 
 @functools.lru_cache(maxsize=64)

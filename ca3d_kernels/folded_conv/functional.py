@@ -66,69 +66,65 @@ def folded_conv(
     if x.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"x must have one of the dtypes {names}, got {x.dtype}")
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"x must have shape (N, C, H, W), only N may be 0, got {tuple(x.shape)}")
+    size = x.shape
+    if len(size) != 4 or 0 in size[1:]:
+        raise ValueError(f"x must have shape (N, C, H, W), only N may be 0, got {tuple(size)}")
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"groups must be an integer, got {groups!r}")
-    if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
+    if groups < 1 or size[1] % groups:
+        raise ValueError(f"groups must divide the {size[1]} channels of x, got {groups}")
     steps, pads = _pair("stride", stride, 1), _pair("padding", padding, 0)
     _check_operand("weight", weight, x)
-    shape = tuple(weight.shape)
-    inputs = x.shape[1] // groups
+    shape = weight.shape
+    inputs = size[1] // groups
     if len(shape) != 4 or 0 in shape or shape[1] != inputs or shape[0] % groups:
         raise ValueError(
             f"weight must have shape (K, {inputs}, h, w) with K a multiple of groups={groups}, "
-            f"got {shape}"
+            f"got {tuple(shape)}"
         )
-    for size, pad, kernel in zip(x.shape[2:], pads, shape[2:], strict=True):
-        if kernel > size + 2 * pad:
-            raise ValueError(
-                f"weight must not be larger than x with its padding {pads}: got a kernel "
-                f"{shape[2:]} for {tuple(x.shape[2:])}"
-            )
+    if shape[2] > size[2] + 2 * pads[0] or shape[3] > size[3] + 2 * pads[1]:
+        raise ValueError(
+            f"weight must not be larger than x with its padding {pads}: got a kernel "
+            f"{tuple(shape[2:])} for {tuple(size[2:])}"
+        )
     options = op.Options(steps, pads, groups, _backend(backend))
-    for name, values in (
-        ("bias", bias),
-        ("shift", shift),
-        ("scale", scale),
-        ("residual_scale", residual_scale),
-    ):
-        if values is None and name in ("scale", "residual_scale"):
-            continue
-        _check_operand(name, values, x)
-        if values is not None and tuple(values.shape) != (shape[0],):
-            raise ValueError(f"{name} must have shape ({shape[0]},), got {tuple(values.shape)}")
+    of_channels = torch.Size((shape[0],))
+    _check_operand("bias", bias, x, of_channels)
+    _check_operand("shift", shift, x, of_channels)
+    if scale is not None:
+        _check_operand("scale", scale, x, of_channels)
     if residual is not None:
-        _check_operand("residual", residual, x)
-        expected = tuple(options.output_size(x, weight))
-        if tuple(residual.shape) != expected:
-            raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
-    elif residual_scale is not None:
-        raise ValueError("residual_scale needs a residual, got None")
+        _check_operand("residual", residual, x, torch.Size(options.output_size(x, weight)))
+    if residual_scale is not None:
+        _check_operand("residual_scale", residual_scale, x, of_channels)
+        if residual is None:
+            raise ValueError("residual_scale needs a residual, got None")
     operands = (x, weight, bias, shift, scale, residual, residual_scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         raise RuntimeError("folded_conv has no derivatives; call it under torch.no_grad()")
-    return torch.ops.ca3d.folded_conv(*operands, *options)
+    return torch.ops.ca3d.folded_conv.default(*operands, *options)
 
 
 def _backend(backend: str | None) -> str:
-    name = backends.check_name("auto" if backend is None else backend)
+    name = "" if backend is None else backends.check_name(backend)
     # In compiled code the op itself looks the context up when it runs.
     return name if name or torch.compiler.is_compiling() else backends.requested()
 
 
-def _check_operand(name: str, value: object, x: Tensor) -> None:
+def _check_operand(name: str, value: object, x: Tensor, shape: torch.Size | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype != x.dtype:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
 def _pair(name: str, value: Sequence[int], least: int) -> tuple[int, int]:
-    fits = isinstance(value, Sequence) and len(value) == 2
-    if not fits or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in value):
-        raise ValueError(f"{name} must be two integers of at least {least}, got {value!r}")
-    return value[0], value[1]
+    if isinstance(value, Sequence) and len(value) == 2:
+        first, second = value
+        if type(first) is int and type(second) is int and first >= least and second >= least:
+            return first, second
+    raise ValueError(f"{name} must be two integers of at least {least}, got {value!r}")

@@ -111,7 +111,8 @@ def _empty(x: Tensor, shape: list[int]) -> Tensor:
 
 def _dense(x: Tensor) -> Tensor:
     """The same values, physically (N, H, W, C); a copy only if they aren't."""
-    return x if x.movedim(1, -1).is_contiguous() else _empty(x, list(x.shape)).copy_(x)
+    dense = x.is_contiguous(memory_format=torch.channels_last)
+    return x if dense else _empty(x, list(x.shape)).copy_(x)
 
 
 def _forward(
