@@ -1,4 +1,4 @@
-"""The `run` script: what it says when something is missing, before it installs anything."""
+"""The `run` script: what it says when something is missing, and when it compiles."""
 
 import os
 import shutil
@@ -11,9 +11,11 @@ import pytest
 RUN = Path(__file__).parents[1] / "run"
 
 
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    *arguments: str, script: Path = RUN, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(RUN), *arguments],
+        [str(script), *arguments],
         env={"PATH": os.environ["PATH"], **environment},
         capture_output=True,
         text=True,
@@ -74,3 +76,120 @@ def test_refuses_an_old_python(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "3.10" in result.stderr
     assert "Python 3.9.2" in result.stderr
+
+
+# Stands for the Python of the virtual environment: `pip install -e` leaves a library behind, and
+# fails when asked to; every `pip install` is noted.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  *"-m pip install"*)
+    echo "$*" >>"$VIRTUAL/pip.log"
+    [ -z "${FAIL:-}" ] || exit 1
+    case "$*" in *" -e "*) echo kernels >ca3d_kernels/_native.so; pwd >"$VIRTUAL/$URL" ;; esac ;;
+  *-VV*) echo "Python ${VERSION:-3.11}" ;;
+esac
+"""
+URL = "lib/python3/site-packages/ca3d_kernels-0.1.0.dist-info/direct_url.json"
+
+
+class Clone:
+    """A clone with a virtual environment, neither of which compiles anything."""
+
+    def __init__(self, folder: Path, virtual: Path) -> None:
+        self.folder, self.virtual = folder, virtual
+        for name in ("csrc", "cmake", "ca3d_kernels"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "file").touch()
+        for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "constraints.txt"):
+            (folder / name).touch()
+        shutil.copy(RUN, folder)
+        python = virtual / "bin" / "python"
+        if not python.exists():
+            python.parent.mkdir(parents=True)
+            (virtual / URL).parent.mkdir(parents=True)
+            python.write_text(FAKE_PYTHON)
+            python.chmod(0o755)
+
+    def install(self, extras: str = "app", fails: bool = False, **environment: str) -> bool:
+        """Runs `./run install`; returns whether it compiled."""
+        log = self.virtual / "pip.log"
+        log.unlink(missing_ok=True)
+        result = run_script(
+            "install",
+            extras,
+            script=self.folder / "run",
+            CA3D_VENV=str(self.virtual),
+            PYTHON="true",
+            VIRTUAL=str(self.virtual),
+            URL=URL,
+            **{"CXX": "true", "FAIL": "1" if fails else "", **environment},
+        )
+        assert bool(result.returncode) == fails, result.stderr
+        (line,) = log.read_text().splitlines()
+        assert f"[{extras}]" in line
+        assert "-c constraints.txt" in line
+        assert ("compiling" in result.stdout) == (" -e " in line)
+        return " -e " in line
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    clone = Clone(tmp_path / "clone", tmp_path / "virtual")
+    assert clone.install()
+    return clone
+
+
+def test_compiles_once_whatever_the_extras(clone: Clone) -> None:
+    assert not clone.install()
+    assert not clone.install("all")
+    assert not clone.install(CA3D_BACKEND="reference")
+
+
+@pytest.mark.parametrize(
+    "name", ["csrc/file", "csrc/new", "cmake/file", "setup.py", "pyproject.toml", "constraints.txt"]
+)
+def test_compiles_again_after_a_change(clone: Clone, name: str) -> None:
+    (clone.folder / name).write_text("changed")
+    assert clone.install()
+    assert not clone.install()
+    (clone.folder / name).unlink()
+    (clone.folder / name).touch()
+    assert clone.install()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"CA3D_CUDA": "off"}, {"CA3D_CUDA_ARCHS": "90"}, {"CXX": "echo"}, {"VERSION": "3.12"}],
+    ids=str,
+)
+def test_compiles_again_for_other_tools_and_options(
+    clone: Clone, environment: dict[str, str]
+) -> None:
+    assert clone.install(**environment)
+    assert not clone.install(**environment)
+
+
+def test_compiles_again_what_is_gone_or_replaced(clone: Clone) -> None:
+    library = clone.folder / "ca3d_kernels" / "_native.so"
+    library.unlink()
+    assert clone.install()
+    library.write_text("built by hand")
+    assert clone.install()
+    (clone.virtual / URL).unlink()
+    assert clone.install()
+    assert not clone.install()
+
+
+def test_an_installation_that_failed_is_done_again(clone: Clone) -> None:
+    source = clone.folder / "csrc" / "file"
+    source.write_text("changed")
+    assert clone.install(fails=True)
+    source.write_text("")
+    assert clone.install()
+
+
+def test_an_environment_belongs_to_one_clone(clone: Clone, tmp_path: Path) -> None:
+    other = Clone(tmp_path / "other", clone.virtual)
+    assert other.install()
+    assert not other.install()
+    assert clone.install()
