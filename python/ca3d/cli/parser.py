@@ -41,6 +41,10 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
         options = options[options.action]
     command = next(command for command in COMMANDS if command.name == name)
     values = {k: v for k, v in options.as_dict().items() if k != "config"}
+    for key, value in values.items():
+        # A comparison with NaN is false, so that it would pass most of the commands' own checks.
+        if any(number != number for number in (value if isinstance(value, list) else [value])):
+            _refuse(f"ca3d {name}", f"--{_flag(key)} must be a number, not nan")
     config = load(command.config)(**values)
     _check_required(name, config)
     return command, config
@@ -76,11 +80,7 @@ def make_parser(chosen: str = "") -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             parser = getattr(ex, "subcommand_parser", None) or self
             program = parser.prog.replace(" [options]", "")
-            line = re.sub(r"\s+", " ", message).strip()
-            line = re.sub(r"<class '(\w+)'>", r"\1", line).replace("typing.Literal", "one of ")
-            line = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{_flag(m[1])}:", line)
-            print(f"{program}: error: {line} (see {program} --help)", file=sys.stderr)
-            sys.exit(2)
+            _refuse(program, _in_our_words(message))
 
     def new_parser(description: str, examples: Sequence[str] = ()) -> Any:
         epilog = "examples:\n" + "".join(f"  {line}\n" for line in examples) if examples else None
@@ -122,6 +122,31 @@ def make_parser(chosen: str = "") -> Any:
         if not chosen or chosen.startswith(command.name):
             _add_options(child, load(command.config), jsonargparse.ActionConfigFile)
     return parser
+
+
+_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+
+
+def _in_our_words(message: str) -> str:
+    """Says what jsonargparse found wrong as the commands' own checks say it."""
+    line = re.sub(r"\s+", " ", message).strip()
+    line = re.sub(r"<class '(\w+)'>", r"\1", line)
+    wrong = re.match(
+        r'Parser key "([\w.]+)"(?: element \d+)?: '
+        r".*?Expected a (float|int|bool|typing\.Literal\[.*?\])[ .].*?(?:Got|Given) value: ?(.*)",
+        line,
+    )
+    if wrong:
+        name, kind, value = wrong.groups()
+        choice = kind.removeprefix("typing.Literal[").rstrip("]").replace("'", "")
+        allowed = _KINDS.get(kind, f"one of {choice}")
+        return f"--{_flag(name)} must be {allowed}, not {value or repr(value)}"
+    return re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{_flag(m[1])}:", line)
+
+
+def _refuse(program: str, why: str) -> NoReturn:
+    print(f"{program}: error: {why} (see {program} --help)", file=sys.stderr)
+    sys.exit(2)
 
 
 def _add_options(parser: Any, config: type, config_action: Any) -> None:
@@ -241,7 +266,4 @@ def _check_required(name: str, config: Any) -> None:
     if missing:
         positional = {f.name for f in dataclasses.fields(config) if f.metadata["positional"]}
         shown = " and ".join(k.upper() if k in positional else f"--{_flag(k)}" for k in missing)
-        print(
-            f"ca3d {name}: error: {shown} must be given (see ca3d {name} --help)", file=sys.stderr
-        )
-        sys.exit(2)
+        _refuse(f"ca3d {name}", f"{shown} must be given")

@@ -73,25 +73,6 @@ def initialize_from(model: nn.Module, classes: Sequence[str], file: str | Path) 
     return report
 
 
-def freeze_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles the pattern of `freeze`.
-
-    Args:
-        pattern: A regular expression.
-
-    Raises:
-        ca3d.errors.UserError: It is none.
-
-    Example:
-        >>> bool(freeze_pattern("(?!classifier)").match("stem.weight"))
-        True
-    """
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"--freeze {pattern!r} is no regular expression: {error}") from error
-
-
 def freeze(model: nn.Module, pattern: str) -> list[str]:
     """Stops the training of parameters by name.
 
@@ -109,7 +90,10 @@ def freeze(model: nn.Module, pattern: str) -> list[str]:
         >>> freeze(nn.Linear(2, 2), "bias")
         ['bias']
     """
-    matcher = freeze_pattern(pattern)
+    try:
+        matcher = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--freeze {pattern!r} is no regular expression: {error}") from error
     names = [name for name, _ in model.named_parameters()]
     frozen = [name for name in names if matcher.match(name)]
     if not frozen or len(frozen) == len(names):

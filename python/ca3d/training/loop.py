@@ -62,7 +62,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.tensorboard:
         summary_writer()
     if config.freeze is not None:
-        fine_tuning.freeze_pattern(config.freeze)
+        with torch.device("meta"):
+            fine_tuning.freeze(_create_model(config, num_classes=2), config.freeze)
     regime = precision.create(config.precision, **config.precision_options)
     device = choose_device(config.device)
     if regime.compact:
@@ -92,6 +93,17 @@ def train(config: TrainConfig) -> TrainResult:
         if state is None and world.is_first:
             folder.write_config(config.to_dict())
         return trainer.run(state)
+
+
+def _create_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    try:
+        return models.create_for_clips(
+            config.model,
+            num_classes=num_classes,
+            **{"frames": config.frames, "size": config.size, **config.model_options},
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model {config.model}: {error}") from error
 
 
 class Trainer:
@@ -219,14 +231,7 @@ class Trainer:
 
     def _make_model(self) -> nn.Module:
         config, data = self.config, self.data
-        try:
-            model = models.create_for_clips(
-                config.model,
-                num_classes=len(data.classes),
-                **{"frames": config.frames, "size": config.size, **config.model_options},
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--model {config.model}: {error}") from error
+        model = _create_model(config, len(data.classes))
         if config.init_from is not None:
             report = fine_tuning.initialize_from(model, data.classes, config.init_from)
             self.reporter.message(f"starting from {config.init_from}")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,11 +33,21 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
     [
         (["fly"], "fly"),
         (["train"], "DATA must be given"),
-        (["train", "d", "--lr", "quick"], "--lr"),
-        (["train", "d", "--lr", "nan"], "--lr"),
+        (["train", "d", "--lr", "quick"], "--lr must be a number, not quick (see"),
+        (["train", "d", "--lr", "nan"], "--lr must be a number, not nan (see"),
+        (["train", "d", "--lr", ".nan"], "--lr must be a number, not nan (see"),
+        (["train", "d", "--clip-norm", "nan"], "--clip-norm must be a number, not nan (see"),
+        (["train", "d", "--max-steps", "nan"], "--max-steps must be a whole number, not nan (see"),
+        (["train", "d", "--mean", "0", "nan", "0"], "--mean must be a number, not nan (see"),
+        (["train", "d", "--flip", "maybe"], "--flip must be true or false, not maybe (see"),
+        (["data", "split", "d", "--val", ".nan"], "--val must be a number, not nan (see"),
+        (["compare", "d", "--budget-hours", ".nan"], "--budget-hours must be a number, not nan"),
         (["train", "d", "--lr", "inf"], "--lr"),
         (["train", "d", "--epochs", "1.5"], "--epochs"),
-        (["train", "d", "--schedule", "linear"], "--schedule"),
+        (
+            ["train", "d", "--schedule", "linear"],
+            "one of published, cosine, onecycle, constant, not",
+        ),
         (["train", "d", "--mean", "0.5"], "--mean"),
         (["train", "d", "--colour", "red"], "--colour"),
         (["train", "--config", "missing.yaml"], "missing.yaml"),
@@ -48,6 +59,7 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
         (["data"], "action"),
         (["data", "make", "mocap30"], "OUT must be given"),
         (["data", "make", "mocap30", "o", "--size", "huge"], "--size"),
+        (["data", "make", "mocap30", "o", "--segments", "5"], "one of 2, 3, not 5"),
         (["demo", "--workers", "x"], "--workers"),
     ],
 )
@@ -72,6 +84,11 @@ def test_wrong_usage(words: list[str], part: str, capsys: pytest.CaptureFixture[
         (["convert", "missing.pt", "--out", "o"], "missing.pt: no such file"),
         (["data", "make", "mocap31", "o"], "mocap31"),
         (["data", "make", "mocap30", "o", "--clutter", "2"], "clutter"),
+        (["data", "make", "mocap15", "o", "--segments", "3"], "segments is for motion-order"),
+        (["data", "make", "motion-order", "o", "--views", "all"], "views is for the mocap sets"),
+        (["train", "missing", "--freeze", "nothing"], "matches no parameter"),
+        (["train", "missing", "--freeze", "nothing", "--model", "x3d_tiny"], "no parameter"),
+        (["train", "missing", "--schedule", "constant", "--milestones", "3"], "--milestones"),
         (["data", "check", "missing"], "missing: no such folder"),
         (["data", "check", "missing", "--workers", "0"], "workers"),
         (["data", "cache", "missing"], "missing: no such folder"),
@@ -94,6 +111,14 @@ def test_values_that_cannot_be(
     code, line = fails(words, capsys)
     assert code == 1
     assert part in line
+
+
+def test_missing_tensorboard_is_noticed_before_data_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, line = fails(["train", "missing", "--tensorboard"], capsys)
+    assert (code, "pip install tensorboard" in line) == (1, True)
 
 
 def test_folders_that_hold_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

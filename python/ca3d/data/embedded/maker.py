@@ -153,6 +153,8 @@ def make(
         raise ValueError(f"segments is for motion-order, not for {name!r}")
     if views not in YAW:
         raise ValueError(f"views is {views!r}, expected one of {', '.join(map(repr, YAW))}")
+    if views != "side" and not name.startswith("mocap"):
+        raise ValueError(f"views is for the mocap sets, not for {name!r}")
     if recipe.frames < recipe.least_frames:
         raise ValueError(f"frames is {frames}, expected at least {recipe.least_frames}")
     if resolution % 2:
