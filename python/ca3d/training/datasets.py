@@ -225,6 +225,8 @@ def _divide(
         if official is not None:
             if any((config.val_list, config.test_list)):
                 raise UserError("--val-list and --test-list need --train-list")
+            if config.group is not None:
+                raise UserError(f"--group {config.group}: {official.protocol} has its own groups")
             say(official.describe())
             for note in official.notes:
                 say(f"  {note}")

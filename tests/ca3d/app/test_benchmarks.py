@@ -85,6 +85,14 @@ def test_eval_takes_the_split_of_the_training(
     assert "would be tested on videos that it was trained on" in capsys.readouterr().err
 
 
+def test_official_splits_have_their_own_groups(
+    ucf101: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(ucf101), "--group", "g(..)", "--out", str(tmp_path / "run"), *OPTIONS]
+    assert main(command) == 1
+    assert "--group g(..): official split 1 of ucf101 has its own groups" in capsys.readouterr().err
+
+
 def test_ten_clips_of_three_crops(ucf101: Path, official: Path, tmp_path: Path) -> None:
     command = ["eval", str(official), str(ucf101), "--clips=10", "--crops=3", "--workers=0"]
     assert main([*command, "--out", str(tmp_path)]) == 0

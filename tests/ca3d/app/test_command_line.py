@@ -134,6 +134,15 @@ def test_train_says_where_everything_is(
     assert f"ca3d predict VIDEO --weights {out / 'best.safetensors'}" in text
 
 
+def test_train_says_that_split_files_leave_nothing_to_group(
+    bars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = flags({**TINY, "max_steps": 1, "progress": "plain"})
+    out = str(tmp_path / "run")
+    assert main(["train", str(bars), "--out", out, "--group", "(.)", *options]) == 0
+    assert "--group is not used: nothing is divided at random" in capsys.readouterr().out
+
+
 def test_train_names_the_run_folder_itself(
     bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
