@@ -45,7 +45,7 @@ def weights(path: str | Path) -> dict[str, Any]:
         path: A `.safetensors` file.
 
     Returns:
-        The fields of its `ca3d.weights.ModelInfo`.
+        The fields of its `ca3d.weights.ModelInfo`; an epoch among them is counted from 1.
 
     Raises:
         ca3d.errors.UserError: It is no weights file.
@@ -59,7 +59,8 @@ def weights(path: str | Path) -> dict[str, Any]:
 
     from ca3d.weights import load_info
 
-    return {"weights": str(path), **dataclasses.asdict(load_info(path))}
+    content = {"weights": str(path), **dataclasses.asdict(load_info(path))}
+    return {**content, "extra": _from_one(content["extra"])}
 
 
 def installation() -> dict[str, Any]:
@@ -141,15 +142,20 @@ def _run(path: Path) -> dict[str, Any]:
         content["best epoch"] = at["best_epoch"] + 1
         content["best validation accuracy"] = round(at["best_accuracy"], 4)
         if state["rows"]:
-            # Rows count epochs from 0.
-            row = {**state["rows"][-1], "epoch": state["rows"][-1]["epoch"] + 1}
+            row = _from_one(state["rows"][-1])
             content["last epoch"] = {k: v for k, v in row.items() if v == v}
     results = path / "test" / "results.json"
     if results.is_file():
-        content["test"] = json.loads(results.read_text())
+        content["test"] = _from_one(json.loads(results.read_text()))
     if (path / "best.safetensors").is_file():
         content["best"] = weights(path / "best.safetensors")
     return content
+
+
+def _from_one(values: dict[str, Any]) -> dict[str, Any]:
+    """Counts the epoch among them from 1, as the trainer shows it; files count from 0."""
+    epoch = values.get("epoch")
+    return {**values, "epoch": epoch + 1} if isinstance(epoch, int) else values
 
 
 def _data_set(path: Path) -> dict[str, Any]:

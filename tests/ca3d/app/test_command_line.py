@@ -16,6 +16,7 @@ from ca3d import models, weights
 from ca3d.cli import COMMANDS, main, parse
 from ca3d.models.published import entries
 from ca3d.training import TrainConfig
+from ca3d.weights import load_info
 
 
 def python(*arguments: str) -> str:
@@ -266,6 +267,22 @@ def test_info(bars: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> 
     ):
         assert main(["info", str(path)]) == 0
         assert part in capsys.readouterr().out
+    epochs = []
+    for run, keys in (
+        (trained, ("best epoch",)),
+        (trained, ("test", "epoch")),
+        (trained, ("best", "extra", "epoch")),
+        (trained / "best.safetensors", ("extra", "epoch")),
+        (trained, ("last epoch", "epoch")),
+        (trained, ("epochs done",)),
+    ):
+        assert main(["info", str(run), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for key in keys:
+            found = found[key]
+        epochs.append(found)
+    best = load_info(trained / "best.safetensors").extra["epoch"] + 1
+    assert epochs == [best, best, best, best, 3, 3]
     assert main(["info", "--models"]) == 0
     assert "ca3d: 6,950,891 parameters" in capsys.readouterr().out
     assert main(["info", "--json"]) == 0
