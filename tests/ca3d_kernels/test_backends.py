@@ -1,8 +1,11 @@
 """Choice of the backend: precedence, obstacles, fallbacks, the native library, the report."""
 
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +204,18 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["--help"]) == 0
     assert __main__.main(["nonsense"]) == 2
     assert "usage" in capsys.readouterr().out
+
+
+def test_examples_of_this_file_alone() -> None:
+    root = Path(backends.__file__).parents[1]
+    if not (root / "conftest.py").is_file():
+        pytest.skip("not in a clone")
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules"]
+    done = subprocess.run(
+        [sys.executable, *words, "ca3d_kernels/backends.py"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
