@@ -16,7 +16,7 @@ from ca3d.experiments.display import Display
 from ca3d.experiments.leakage import leakage_plans, leakage_report
 from ca3d.experiments.markdown import machine, percent, table
 from ca3d.experiments.plan import Plan, run_plan
-from ca3d.experiments.rows import Row, RowFile, read_rows
+from ca3d.experiments.rows import Row, RowFile, read_rows, today
 from ca3d.experiments.runner import ROWS
 from ca3d.experiments.statistics import holm, paired_difference
 from ca3d.experiments.study import Scale, StudyOptions, check_words, words
@@ -301,7 +301,8 @@ def _run_missing(config: ClaimsConfig, plans: list[Plan]) -> None:
             began = time.process_time()
             figures = attention_cost()
             taken = time.process_time() - began
-            file.add({"key": _COST, "rows": figures, "cpu_seconds": taken})
+            row = {"key": _COST, "rows": figures, "cpu_seconds": taken, "date": today()}
+            file.add(row)
     for plan in [*plans, *(_leakage(config).values() if _asked(config, "leakage") else [])]:
         run_plan(plan, options, display)
 
@@ -326,7 +327,7 @@ def _lines(
     return [
         "# The model's parts, one at a time",
         "",
-        f"{config.origin('claims')} Every row is a"
+        f"{config.origin('claims', rows)} Every row is a"
         " `ca3d_variant`, a `ca3d_tiny` with one part replaced, on clips rendered here: it says"
         f" nothing about the full-size model. {len(rows)} runs, {taken:.2f} CPU-hours. {machine()}",
         "",

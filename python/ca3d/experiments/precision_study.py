@@ -276,7 +276,7 @@ def run(config: PrecisionStudyConfig) -> Path:
         run_cells([*study.native, *rest], options, display)
         study = _read(config)
     report = config.report_file
-    write_report(study, report, scale, config.origin("precision"))
+    write_report(study, report, scale, config.origin("precision", study.rows))
     return report
 
 

@@ -150,7 +150,7 @@ def _lines(
     lines = [
         "# Small models, compared",
         "",
-        f"{config.origin('results')} Every model is a"
+        f"{config.origin('results', rows)} Every model is a"
         " small version (`*-tiny`) of its namesake with about the multiply-adds of `ca3d_tiny`, and"
         " none of these figures says anything about the full-size models. Clips are rendered here;"
         f" {data['train']} train, {data['val']} validate and {data['test']} test, of"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +15,7 @@ from ca3d.errors import UserError
 from ca3d.experiments.cells import Cell
 from ca3d.training.logs import finite
 
-__all__ = ["Row", "RowFile", "cell_of", "read_rows"]
+__all__ = ["Row", "RowFile", "cell_of", "read_rows", "run_dates", "today"]
 
 Row = dict[str, Any]
 
@@ -129,6 +131,40 @@ def cell_of(row: Row) -> Cell:
         True
     """
     return Cell.of(row["cell"])
+
+
+def today() -> str:
+    """The date that a row keeps, and a report.
+
+    Example:
+        >>> len(today())
+        10
+    """
+    return time.strftime("%Y-%m-%d")
+
+
+def run_dates(rows: Iterable[Row], path: str | Path) -> str:
+    """When runs ended, as a report says it.
+
+    Args:
+        rows: Their rows. Those that know no date, as it was not kept at first, are not younger
+            than the file.
+        path: The file of the rows.
+
+    Returns:
+        Nothing where there are no rows.
+
+    Example:
+        >>> run_dates([{"date": "2026-11-28"}, {"date": "2026-11-27"}], "rows.jsonl")
+        'runs of 2026-11-27 to 2026-11-28'
+    """
+    dates = sorted({row.get("date", "") for row in rows})
+    if not dates:
+        return ""
+    if not dates[0]:
+        written = time.strftime("%Y-%m-%d", time.localtime(Path(path).stat().st_mtime))
+        return f"runs until {dates[-1] or written}"
+    return f"runs of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
 
 
 def _parse(text: str, path: Path) -> dict[str, Row]:

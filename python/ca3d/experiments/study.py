@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ca3d.errors import UserError
-from ca3d.experiments.runner import RunOptions
+from ca3d.experiments.rows import Row, run_dates, today
+from ca3d.experiments.runner import ROWS, RunOptions
 from ca3d.options import option
 
 __all__ = ["Scale", "StudyOptions", "check_words", "words"]
@@ -81,14 +81,15 @@ class StudyOptions:
         """How its grids are run."""
         return RunOptions(self.folder, self.jobs, self.budget_hours)
 
-    def origin(self, study: str) -> str:
-        """What a report says it was written by, and when.
+    def origin(self, study: str, rows: Mapping[str, Row]) -> str:
+        """What a report says it was written by, and when, and of runs from when.
 
         Args:
             study: The study, as the command line names it.
+            rows: All rows in its folder.
 
         Example:
-            >>> StudyOptions(seeds=3, jobs=2).origin("results")    # doctest: +ELLIPSIS
+            >>> StudyOptions(seeds=3, jobs=2).origin("results", {})    # doctest: +ELLIPSIS
             'Written by `ca3d study results --seeds 3 --only-report` on ....'
         """
         # These change nothing of what is reported.
@@ -99,7 +100,8 @@ class StudyOptions:
             if x.name not in ignored and getattr(self, x.name) != x.default
         ]
         command = " ".join(["ca3d study", study, *chosen, "--only-report"])
-        return f"Written by `{command}` on {time.strftime('%Y-%m-%d')}."
+        runs = run_dates(rows.values(), self.folder / ROWS)
+        return f"Written by `{command}` on {today()}{runs and f', from {runs}'}."
 
     @property
     def report_file(self) -> Path:

@@ -19,7 +19,7 @@ from ca3d.experiments import clips
 from ca3d.experiments.cells import Cell
 from ca3d.experiments.native_float16 import NativeFloat16
 from ca3d.experiments.observer import Observer
-from ca3d.experiments.rows import Row
+from ca3d.experiments.rows import Row, today
 from ca3d.training import TrainConfig
 from ca3d.training.datasets import Data, prepare_data
 from ca3d.training.device import choose_device
@@ -58,7 +58,7 @@ def train_cell(
     Returns:
         A row: the cell, accuracies of the three splits in [0, 1], which test clips were right
         ("1") and wrong ("0"), their groups where known, steps taken and skipped, seconds of
-        computing, and what `ca3d.experiments.observer` counted.
+        computing, the date, and what `ca3d.experiments.observer` counted.
 
     Raises:
         ca3d.errors.UserError: The model, the data or an option can't be used.
@@ -106,6 +106,7 @@ def train_cell(
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "cpu_seconds": round(time.process_time() - began, 2),
         "seconds": round(time.monotonic() - began_wall, 2),
+        "date": today(),
     }
     if any(group is not None for group in groups):
         row["groups"] = groups

@@ -1,5 +1,7 @@
 """The plan of the precision study, and its report from rows whose figures are known."""
 
+import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -142,6 +144,28 @@ def test_report_says_what_is_missing(tmp_path: Path) -> None:
     assert "**Not run yet**: r3d_tiny." in text
     assert "3 of 190" in text
     assert "no inference" in text
+
+
+def test_report_says_of_when_its_runs_are(tmp_path: Path) -> None:
+    rows = [_row(cell, 0.5) for cell in tuning_cells(SCALE, "ca3d_tiny")]
+    config = PrecisionStudyConfig(
+        out=str(tmp_path), models="ca3d_tiny", only_report=True, progress="none"
+    )
+
+    def origin(*dates: str) -> str:
+        file = tmp_path / ROWS
+        file.unlink(missing_ok=True)
+        _write(tmp_path, [{**row, "date": date} for row, date in zip(rows, dates, strict=False)])
+        _write(tmp_path, rows[len(dates) :])
+        os.utime(file, (noon := time.mktime((2026, 11, 20, 12, 0, 0, 0, 0, -1)), noon))
+        return precision_study.run(config).read_text().splitlines()[2]
+
+    written = f"on {time.strftime('%Y-%m-%d')}"
+    assert f"{written}, from runs until 2026-11-20." in origin()
+    assert f"{written}, from runs until 2026-11-19." in origin("2026-11-19", "2026-11-18")
+    assert f"{written}, from runs of 2026-11-18." in origin(*["2026-11-18"] * len(rows))
+    both = ["2026-11-18"] * (len(rows) - 1)
+    assert f"{written}, from runs of 2026-11-17 to 2026-11-18." in origin(*both, "2026-11-17")
 
 
 def test_options_are_checked() -> None:

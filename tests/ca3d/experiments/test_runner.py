@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def _cell(seed: int = 0, regime: str = "float32", **values: object) -> Cell:
 
 
 def _figures(row: dict) -> dict:
-    return {key: value for key, value in row.items() if "seconds" not in key}
+    """What another run of the cell has too."""
+    return {k: value for k, value in row.items() if "seconds" not in k and k != "date"}
 
 
 def test_key_is_of_all_values() -> None:
@@ -65,6 +67,7 @@ def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
     assert list(everything) == [cell.key for cell in cells]
     assert everything[cells[0].key] == first[cells[0].key]
     assert len((tmp_path / ROWS).read_text().splitlines()) == 3
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"]) for row in everything.values())
     # Seeds matter, and a run is repeatable.
     again = train_cell(cells[2], tmp_path / "elsewhere")
     assert _figures(json.loads(json.dumps(again))) == _figures(everything[cells[2].key])
