@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ca3d_kernels import backends
 from ca3d_kernels.folded_conv import reference
+from ca3d_kernels.grad_mode import unrecorded
 
 
 class Options(NamedTuple):
@@ -149,7 +150,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 for _device in ("CPU", "CUDA"):
-    _library.impl("folded_conv", torch.no_grad()(_forward), _device)
+    _library.impl("folded_conv", unrecorded(_forward), _device)
 torch.library.register_fake(
     "ca3d::folded_conv",
     lambda x, weight, bias, shift, scale, residual, residual_scale, *options: _empty(

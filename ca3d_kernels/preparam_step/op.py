@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ca3d_kernels import backends, cuda, triton_launch
+from ca3d_kernels.grad_mode import unrecorded
 from ca3d_kernels.preparam_step.mapping import PreParamMapping
 from ca3d_kernels.preparam_step.philox import Draws
 from ca3d_kernels.preparam_step.reference import Hyperparameters, Stepped, applied, stepped
@@ -433,6 +434,5 @@ _library = torch.library.Library("ca3d", "FRAGMENT")
 for _name, (_schema, _kernel, _fake) in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _device in ("CPU", "CUDA"):
-        # no_grad: torch operations inside an op must not record a graph of their own.
-        _library.impl(_name, torch.no_grad()(_kernel), _device)
+        _library.impl(_name, unrecorded(_kernel), _device)
     torch.library.register_fake(f"ca3d::{_name}", _fake, lib=_library)

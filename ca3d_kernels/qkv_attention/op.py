@@ -13,6 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ca3d_kernels import backends, triton_launch
+from ca3d_kernels.grad_mode import unrecorded
 from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.qkv_attention import reference
 from ca3d_kernels.qkv_attention.tiling import limit
@@ -150,7 +151,7 @@ for _name, _schema, _kernel in (
 ):
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _device in ("CPU", "CUDA"):
-        _library.impl(_name, torch.no_grad()(_kernel), _device)
+        _library.impl(_name, unrecorded(_kernel), _device)
 torch.library.register_fake(
     "ca3d::qkv_attention", lambda x, *rest: x.new_empty(x.shape), lib=_library
 )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ca3d_kernels import backends, triton_launch
+from ca3d_kernels.grad_mode import unrecorded
 from ca3d_kernels.local_attention.op import Options
 from ca3d_kernels.temporal_block import reference
 
@@ -112,7 +113,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 for _device in ("CPU", "CUDA"):
-    _library.impl("temporal_block", torch.no_grad()(_forward), _device)
+    _library.impl("temporal_block", unrecorded(_forward), _device)
 torch.library.register_fake(
     "ca3d::temporal_block", lambda x, *rest: x.new_empty(x.shape), lib=_library
 )
