@@ -84,24 +84,34 @@ def run(config: DemoConfig) -> Path:
 
 def _make_videos(config: DemoConfig, out: Path) -> Path:
     from ca3d.cli.output import Bar
-    from ca3d.data import embedded
+    from ca3d.data import cache, embedded
 
     folder = out / "videos" / f"{DATA_SET}{_suffix(config)}"
     print(f"     {embedded.describe(DATA_SET)}")
     if (folder / "dataset.json").is_file():
         print(f"     already there: {folder}")
-        return folder
-    with Bar("     rendering") as bar:
-        embedded.make(
-            DATA_SET,
+    else:
+        with Bar("     rendering") as bar:
+            embedded.make(
+                DATA_SET,
+                folder,
+                size={"train": 60, "val": 30, "test": 30} if config.quick else "default",
+                clutter=config.clutter,
+                seed=config.seed,
+                workers=config.workers,
+                progress=bar.update,
+            )
+        print(f"     made: {folder}")
+    # Training decodes no video in every epoch again, on the cores that it computes on.
+    with Bar("     decoding") as bar:
+        frames = cache.build(
             folder,
-            size={"train": 60, "val": 30, "test": 30} if config.quick else "default",
-            clutter=config.clutter,
-            seed=config.seed,
+            short_side=_RECIPE["size"],
+            format="npy",
             workers=config.workers,
             progress=bar.update,
         )
-    print(f"     made: {folder}")
+    print(f"     frames for training: {frames.folder} ({frames.bytes / 1e6:.0f} MB)")
     return folder
 
 

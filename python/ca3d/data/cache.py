@@ -1,16 +1,16 @@
 """Frames of a data set, resized and decoded once, so that training reads them fast.
 
 Beside each other in the cache folder: `cache.json` (size and format) and for every video, under its
-own relative path, an index `.npz` (times of the frames, size and time stamp of the source) and its
-frames, either as one `.npy` array or as JPEG images one after the other (`.jpegs`, quality 95,
-colour not subsampled). The index is written last: a video without one is not in the cache.
+own relative path, an `.index` (a line of JSON with the size and time stamp of the source and more,
+then the times of the frames and the places of the images) and its frames, either as one `.npy`
+array or as JPEG images one after the other (`.jpegs`, quality 95, colour not subsampled). The index
+is written last: a video without one is not in the cache.
 """
 
 import io
 import json
+import math
 import os
-import threading
-import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -31,14 +31,10 @@ FORMATS = ("jpeg", "npy")
 DEFAULT_FOLDER = ".ca3d-cache"
 Progress = Callable[[int, int, str], None]
 
-_VERSION = 1
+_VERSION = 2
 _FRAME_SUFFIX = {"jpeg": ".jpegs", "npy": ".npy"}
 _JPEG_QUALITY = 95
 _CHUNK = 64  # frames held in memory while a video is written
-# NumPy parses an array's header with `ast`, which is not thread-safe in some versions of Python
-# (CPython issue 106905, seen in 3.11.7): of two threads that parse at once, one may raise
-# "SystemError: AST constructor recursion depth mismatch".
-_PARSING = threading.Lock()
 
 
 @dataclass
@@ -206,15 +202,15 @@ def build(
 class _CachedReader(VideoReader):
     """Reads the frames of one video from a cache; `path` stays the source's."""
 
-    def __init__(self, path: Path, frames: Path, index: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, path: Path, frames: Path, index: Mapping[str, Any]) -> None:
         self.path = path
         self._file = frames
         self._times = index["times"]
         self._offsets = index["offsets"]
         self.num_frames = len(self._times)
-        self.frames_per_second = float(index["frames_per_second"])
-        self.duration = float(index["duration"])
-        self.width, self.height = (int(n) for n in index["size"])
+        self.frames_per_second = index["frames_per_second"]
+        self.duration = index["duration"]
+        self.width, self.height = index["size"]
 
     def times(self) -> np.ndarray:
         """Returns the begin of every frame in seconds, float64 (num_frames,), increasing."""
@@ -241,8 +237,11 @@ class _CachedReader(VideoReader):
 
     def _stored(self, indices: list[int]) -> np.ndarray:
         if self._file.suffix == ".npy":
-            with _PARSING:
-                frames = np.load(self._file, mmap_mode="r")
+            # Its header says what the index says, and takes NumPy longer to parse than a clip to
+            # read.
+            shape = (self.num_frames, self.height, self.width, 3)
+            begin = self._file.stat().st_size - math.prod(shape)
+            frames = np.memmap(self._file, np.uint8, "r", offset=begin, shape=shape)
             return np.asarray(frames[indices])
         images = []
         with self._file.open("rb") as stream:
@@ -267,17 +266,16 @@ def _build_one(
     before = path.stat() if path.exists() else None
     with open_video(path, decoder) as reader:
         offsets, size = _write_frames(reader, frames_file, short_side)
-        content = {
-            "times": reader.times(),
-            "offsets": offsets,
-            "frames_per_second": np.float64(reader.frames_per_second),
-            "duration": np.float64(reader.duration),
-            "size": np.asarray(size),
+        head = {
+            "frames_per_second": float(reader.frames_per_second),
+            "duration": float(reader.duration),
+            "size": size,
             "source": _stamp(before or path.stat()),
+            "frames": reader.num_frames,
+            "offsets": len(offsets),
         }
-    data = io.BytesIO()
-    np.savez(data, **content)
-    _replace(index, data.getvalue())
+        arrays = reader.times().astype("<f8").tobytes() + offsets.astype("<i8").tobytes()
+    _replace(index, json.dumps(head).encode() + b"\n" + arrays)
     return True
 
 
@@ -322,22 +320,27 @@ def _index_file(folder: Path, root: Path, path: Path) -> Path | None:
         inside = path.absolute().relative_to(root.absolute())
     except ValueError:
         return None
-    return folder / inside.with_name(inside.name + ".npz")
+    return folder / inside.with_name(inside.name + ".index")
 
 
-def _read_index(index: Path, source: Path) -> Mapping[str, np.ndarray] | None:
+def _read_index(index: Path, source: Path) -> Mapping[str, Any] | None:
     """Returns a video's index if it is whole and the source has not changed since."""
     try:
-        with _PARSING, np.load(index) as stored:
-            content = dict(stored)
-        stamp = _stamp(source.stat())
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        head, _, arrays = index.read_bytes().partition(b"\n")
+        content = json.loads(head)
+        frames, offsets = content["frames"], content["offsets"]
+        whole = len(arrays) == 8 * (frames + offsets)
+        if not whole or content["source"] != _stamp(source.stat()):
+            return None
+        times = np.frombuffer(arrays, "<f8", frames)
+        places = np.frombuffer(arrays, "<i8", offsets, 8 * frames)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return content if np.array_equal(content.get("source", ()), stamp) else None
+    return {**content, "times": times, "offsets": places}
 
 
-def _stamp(status: os.stat_result) -> np.ndarray:
-    return np.asarray([status.st_size, status.st_mtime_ns], dtype=np.int64)
+def _stamp(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:

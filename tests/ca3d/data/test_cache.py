@@ -144,8 +144,8 @@ class TestBuilding:
         """Frames without an index, and half an index, count as not cached."""
         build(root, short_side=36)
         walk = root / ".ca3d-cache" / "walk"
-        (walk / "p0_t0.avi.npz").unlink()
-        index = walk / "p0_t1.avi.npz"
+        (walk / "p0_t0.avi.index").unlink()
+        index = walk / "p0_t1.avi.index"
         index.write_bytes(index.read_bytes()[:100])
         cache = FrameCache(root / ".ca3d-cache", root)
         assert cache.open(root / "walk" / "p0_t0.avi") is None
