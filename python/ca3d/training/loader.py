@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def load_batches(
         batch_sampler=list(batches),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=start_worker,
+        # A GPU computes elsewhere.
+        worker_init_fn=functools.partial(start_worker, yields=not pin_memory),
         pin_memory=pin_memory,
         # Without its own generator every loader draws a seed from the global one.
         generator=torch.Generator().manual_seed(epoch),

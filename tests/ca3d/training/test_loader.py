@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,3 +56,17 @@ def test_batches_come_in_order_and_leave_the_global_generator_alone(workers: int
     assert batches[0].labels.tolist() == [0, 0]
     assert [batch.broken for batch in batches] == [[], ["3.avi: broken"], ["3.avi: broken"]]
     assert [len(batch) for batch in batches] == [2, 1, 0]
+
+
+class Niceness(Numbers):
+    """Every clip holds the niceness of the process that reads it."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return torch.full((1,), float(os.nice(0))), index % 2, index
+
+
+@pytest.mark.parametrize(("workers", "more"), [(0, 0), (1, 10)])
+def test_readers_leave_the_cores_to_the_process_that_trains(workers: int, more: int) -> None:
+    (batch,) = load_batches(Niceness(), [[0, 1]], workers=workers)
+    expected = min(os.nice(0) + more, 19)
+    assert batch.clips.flatten().tolist() == [expected, expected]
