@@ -118,14 +118,16 @@ struct Kernel {
       store(sums + v * kCount, sum[v]);
       store(sums_of_squares + v * kCount, square[v]);
     }
-    const double count = double(rows), share = count / double(before + rows);
+    // The reciprocal of a whole chunk is exact.
+    const double count = double(rows), reciprocal = 1 / count;
+    const double share = count / double(before + rows), spread = double(before) * share;
     for (int i = 0; i < elements; ++i) {
-      const double total = sums[i], distance = total / count;
+      const double total = sums[i], distance = total * reciprocal;
       // Rounding may leave a difference below zero; NaN must stay.
       const double within = sums_of_squares[i] - total * distance;
       const double delta = (shifts[i] - mean[i]) + distance;
       mean[i] += delta * share;
-      squares[i] += (within < 0 ? 0 : within) + delta * delta * double(before) * share;
+      squares[i] += (within < 0 ? 0 : within) + delta * delta * spread;
     }
   }
 
