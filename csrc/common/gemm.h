@@ -76,14 +76,15 @@ inline void gemm_block(int64_t row, int64_t column, const RowOf& row_of, const G
 }
 
 // `ahead` are the columns that come after these, or null: the first two blocks of rows bring half
-// of them each.
+// of their cache lines each, and the first one brings a single line.
 template <int kRows, int kVectors, class RowOf, class Finish>
 [[gnu::noinline]] void gemm_rows(int64_t rows, int64_t column, const RowOf& row_of,
                                  const GemmRight& right, const float* ahead, const Finish& finish) {
   constexpr int64_t kWidth = kVectors * kLanes<float>;
   int64_t row = 0;
   if (ahead) {
-    constexpr int64_t kLines = kWidth / kCacheLine, kHalf = kLines > 1 ? kLines / 2 : 1;
+    constexpr int64_t kLines = (kWidth + kCacheLine - 1) / kCacheLine;
+    constexpr int64_t kHalf = (kLines + 1) / 2;
     for (int64_t line = 0; line < kLines && row + kRows <= rows; line += kHalf, row += kRows) {
       gemm_block<kRows, kVectors, kHalf>(row, column, row_of, right, ahead + line * kCacheLine,
                                          finish);

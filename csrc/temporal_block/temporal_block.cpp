@@ -93,10 +93,11 @@ class Plan {
     tables.out = out;
     tables.scale = static_cast<float>(p.scale);
     tables.pixels = p.outer * p.inner;
-    // Blocks of nearly the same number of pixels, whose rows of matrices fill the registers.
+    // Blocks of nearly the same number of pixels, whose rows of matrices fill the registers unless
+    // that makes blocks of more than twice the rows.
     const int64_t rows = tables.points == kTaps ? p.frames : tables.tiles;
-    const int64_t unit = isa.register_rows / std::gcd(rows, isa.register_rows);
     const int64_t most = std::max(kBlockRows / p.frames, int64_t{1});
+    const int64_t unit = std::min(isa.register_rows / std::gcd(rows, isa.register_rows), most);
     const int64_t least_blocks = divide_up(tables.pixels, most);
     tables.block_pixels = divide_up(divide_up(tables.pixels, least_blocks), unit) * unit;
     tables.blocks = divide_up(tables.pixels, tables.block_pixels);

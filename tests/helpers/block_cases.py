@@ -89,6 +89,8 @@ MORE_CASES = (
     Case(heads=4, edge="zero", table="published", scale=1 / 64),
     Case(heads=3, frames=7, edge="zero", table="random", head_dim=32, sliced=True, positions=17),
     Case(heads=5, frames=2, edge="zero", table="published", head_dim=8, kernel_size=9),
+    Case(frames=6, head_dim=48, heads=2, positions=20),
+    Case(frames=8, head_dim=80, heads=1, positions=11),
 )
 
 

@@ -81,15 +81,15 @@ std::vector<float> filters_of(const std::vector<float>& weight, const ca3d::Fold
 }
 
 void check(const Format& format) {
-  const int64_t sides[] = {1, 2, 3, 4, 5, 8, 9, 14}, channels[] = {16, 32, 48};
+  const int64_t sides[] = {1, 2, 3, 4, 5, 8, 9, 14}, channels[] = {16, 32, 48, 96, 128};
   ca3d::FoldedConvProblem p{};
   p.dtype = format.dtype;
   p.images = 1 + random_below(3);
   p.height = sides[random_below(8)];
   p.width = sides[random_below(8)];
   p.groups = 1 + random_below(2);
-  p.inputs = channels[random_below(3)];
-  p.outputs = channels[random_below(3)];
+  p.inputs = channels[random_below(5)];
+  p.outputs = channels[random_below(5)];
   const int64_t all_in = p.groups * p.inputs, all_out = p.groups * p.outputs;
   const int64_t pixels = p.images * p.height * p.width;
   Stored x(pixels * all_in, format), residual(pixels * all_out, format);

@@ -100,7 +100,8 @@ Numbers step(const Numbers& y, const Weights& w, int64_t at, int64_t frames, int
 }
 
 void check(const Format& format) {
-  const int64_t dims[] = {1, 3, 8, 16, 20, 32}, frame_counts[] = {1, 2, 3, 4, 7, 8, 9};
+  const int64_t dims[] = {1, 3, 8, 16, 20, 32, 48, 64, 80};
+  const int64_t frame_counts[] = {1, 2, 3, 4, 7, 8, 9};
   ca3d::LocalAttentionProblem p{};
   p.dtype = format.dtype;
   p.outer = 1 + random_below(2);
@@ -108,7 +109,7 @@ void check(const Format& format) {
   if (random_below(8) == 0) p.inner = 40;  // several tasks
   p.heads = 1 + random_below(3);
   p.frames = frame_counts[random_below(7)];
-  p.head_dim = dims[random_below(6)];
+  p.head_dim = dims[random_below(9)];
   p.scale = random_number();
   std::vector<int64_t> table;
   if (random_below(3) == 0) {

@@ -9,7 +9,6 @@ is written last: a video without one is not in the cache.
 
 import io
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -240,7 +239,7 @@ class _CachedReader(VideoReader):
             # Its header says what the index says, and takes NumPy longer to parse than a clip to
             # read.
             shape = (self.num_frames, self.height, self.width, 3)
-            begin = self._file.stat().st_size - math.prod(shape)
+            begin = int(self._offsets[0])
             frames = np.memmap(self._file, np.uint8, "r", offset=begin, shape=shape)
             return np.asarray(frames[indices])
         images = []
@@ -282,7 +281,8 @@ def _build_one(
 def _write_frames(
     reader: VideoReader, file: Path, short_side: int
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Writes a video's frames; returns the byte offsets of the images and (width, height)."""
+    """Writes a video's frames; returns where the images begin in the file (of an array, where the
+    first one does), and (width, height)."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     offsets, size = [0], (0, 0)
     # A small video loses nothing as it is.
@@ -298,6 +298,7 @@ def _write_frames(
                         shape = (reader.num_frames, *images.shape[1:])
                         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                         np.lib.format.write_array_header_1_0(stream, header)
+                        offsets = [stream.tell()]
                     stream.write(images.data)
                     continue
                 for image in images:
@@ -334,7 +335,7 @@ def _read_index(index: Path, source: Path) -> Mapping[str, Any] | None:
             return None
         times = np.frombuffer(arrays, "<f8", frames)
         places = np.frombuffer(arrays, "<i8", offsets, 8 * frames)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return {**content, "times": times, "offsets": places}
 

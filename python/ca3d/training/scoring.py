@@ -107,7 +107,8 @@ def score(
     metrics = Metrics(num_classes)
     broken: list[str] = []
     logs, labels, indices = [], [], []
-    for batch in load_batches(dataset, batches, workers=workers):
+    on_gpu = device is not None and device.type == "cuda"
+    for batch in load_batches(dataset, batches, workers=workers, pin_memory=on_gpu):
         broken += batch.broken
         if len(batch):
             clips = batch.clips.to(device)

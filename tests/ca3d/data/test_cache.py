@@ -93,10 +93,13 @@ class TestReading:
         with pytest.raises(UserError, match="no frame cache"):
             clips(root, root / "nothing")
 
-    def test_damaged_frames(self, root):
-        build(root, short_side=36)
-        frames = root / ".ca3d-cache" / "walk" / "p0_t0.avi.jpegs"
-        frames.write_bytes(frames.read_bytes()[:1000])
+    @pytest.mark.parametrize(("format", "kept"), [("jpeg", 1000), ("npy", 1000), ("npy", -1)])
+    def test_damaged_frames(self, root, format, kept):
+        """Cut off in the middle, or one byte before the end."""
+        build(root, short_side=36, format=format)
+        suffix = {"jpeg": "jpegs", "npy": "npy"}[format]
+        frames = root / ".ca3d-cache" / "walk" / f"p0_t0.avi.{suffix}"
+        frames.write_bytes(frames.read_bytes()[:kept])
         reader = FrameCache(root / ".ca3d-cache", root).open(root / "walk" / "p0_t0.avi")
         with pytest.raises(VideoError, match="damaged cache file"):
             reader.frames([20])
