@@ -11,9 +11,10 @@ import time
 _GRACE_SECONDS = 60
 _WATCH_SECONDS = 2
 # Where the reader computes on the same cores. Otherwise its threads wait for whichever of them a
-# worker has put aside: with two workers that decode videos on two cores, epochs of 24 s take 18 s
-# so (a small CA3D, Intel Xeon, 2026-11-28).
-_NICENESS = 10
+# worker has put aside. Epochs of a small CA3D with two workers that decode videos on two cores
+# (Intel Xeon, 2026-11-28): 16 and 20 s instead of 22 with threads that spin, 31 s instead of 36
+# with threads that sleep beside two busy programs. With 10 such programs starve the workers: 67 s.
+_NICENESS = 5
 
 
 def start_worker(worker: int, *, yields: bool = False) -> None:

@@ -65,7 +65,7 @@ class Niceness(Numbers):
         return torch.full((1,), float(os.nice(0))), index % 2, index
 
 
-@pytest.mark.parametrize(("workers", "more"), [(0, 0), (1, 10)])
+@pytest.mark.parametrize(("workers", "more"), [(0, 0), (1, 5)])
 def test_readers_leave_the_cores_to_the_process_that_trains(workers: int, more: int) -> None:
     (batch,) = load_batches(Niceness(), [[0, 1]], workers=workers)
     expected = min(os.nice(0) + more, 19)
