@@ -14,7 +14,7 @@ def unrecorded(kernel: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     """The kernel under `torch.no_grad()`: what it does in torch must record no graph of its own.
 
     Where gradients are off already it is only called. Entering and leaving the context took 11 of
-    the 53 us that `folded_conv` takes besides its kernel (Intel Xeon, 2026-11-28).
+    the 53 us of a `torch.ops.ca3d.folded_conv` of 4x4 pixels (Intel Xeon, one thread, 2026-11-28).
 
     Args:
         kernel: of an op, as registered with `torch.library`.

@@ -102,7 +102,7 @@ def _make_videos(config: DemoConfig, out: Path) -> Path:
                 progress=bar.update,
             )
         print(f"     made: {folder}")
-    # Training decodes no video in every epoch again, on the cores that it computes on.
+    # Training would decode every video again in every epoch, on the cores that it computes on.
     with Bar("     decoding") as bar:
         frames = cache.build(
             folder,
