@@ -4,11 +4,11 @@
 // cache. A convolution computes tiles of four frames by Winograd's F(4, 3): six linear combinations
 // of six frames, each times a matrix, and four combinations of the products. Of the points 0, 1,
 // -1, 1/2, -2 and infinity the errors are a few units in the last place; with 2 instead of 1/2 they
-// are twice as large. Between two convolutions the frames exist in registers only: what goes
-// through memory are the combinations and, where they are not computed at once in their place, the
-// products. In clips of one or two frames, frames lie one after the other, with zeros before the
-// first and after the last, so that the three frames under a filter are one row of a matrix as they
-// lie there, and the convolution is one product.
+// are twice as large. Between two convolutions the frames stay in registers, but for those that are
+// added later: what goes through memory are the combinations and, where they are not computed at
+// once in their place, the products. In clips of one or two frames, frames lie one after the other,
+// with zeros before the first and after the last, so that the three frames under a filter are one
+// row of a matrix as they lie there, and the convolution is one product.
 #include "common/gemm.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -33,15 +33,21 @@ void read_row(const Stored* from, int64_t columns, int64_t padded, float* to) {
   }
 }
 
+// The first `columns` lanes of x, as far as it has so many.
+template <class Stored>
+void write(V x, int64_t columns, Stored* to) {
+  if (columns >= kCount) {
+    store(to, x);
+  } else if (columns > 0) {
+    Stored rest[kCount];
+    store(rest, x);
+    __builtin_memcpy(to, rest, columns * sizeof(Stored));
+  }
+}
+
 template <class Stored>
 void write_row(const float* from, int64_t columns, Stored* to) {
-  int64_t i = 0;
-  for (; i + kCount <= columns; i += kCount) store(to + i, load(from + i));
-  if (i < columns) {
-    Stored rest[kCount];
-    store(rest, load(from + i));
-    __builtin_memcpy(to + i, rest, (columns - i) * sizeof(Stored));
-  }
+  for (int64_t i = 0; i < columns; i += kCount) write(load(from + i), columns - i, to + i);
 }
 
 template <class Stored>
@@ -457,16 +463,6 @@ class Worker {
       for (int f = 0; f < kTileFrames; ++f) {
         if (first + f < t_.frames) write(z[f], t_.head_dim - c, row + f * step);
       }
-    }
-  }
-
-  static void write(V x, int64_t columns, Stored* to) {
-    if (columns >= kCount) {
-      store(to, x);
-    } else if (columns > 0) {
-      Stored rest[kCount];
-      store(rest, x);
-      __builtin_memcpy(to, rest, columns * sizeof(Stored));
     }
   }
 
