@@ -17,7 +17,7 @@ from ca3d.experiments.comparison_report import Entry, comparison, csv_rows, draw
 from ca3d.experiments.display import Display
 from ca3d.experiments.markdown import machine
 from ca3d.experiments.plan import Plan, run_plan
-from ca3d.experiments.rows import Row, read_rows
+from ca3d.experiments.rows import Row, read_rows, run_dates, today
 from ca3d.experiments.runner import ROWS, RunOptions
 from ca3d.experiments.study import check_words, words
 from ca3d.options import option
@@ -265,10 +265,14 @@ def _reference(config: CompareConfig, found: list[Entry]) -> Entry:
 
 def _about(config: CompareConfig, plan: Plan, rows: Mapping[str, Row]) -> list[str]:
     cells = plan.cells(plan.chosen(rows))
-    done = sum(cell.key in rows for cell in cells)
+    done = [rows[cell.key] for cell in cells if cell.key in rows]
+    runs = run_dates(done, Path(config.out) / ROWS)
     taken = sum(row["cpu_seconds"] for row in rows.values()) / 3600
     planned = len(plan.seeds) * sum(1 for _ in plan.conditions())
-    lines = [f"- {done} of {planned} runs, {taken:.2f} CPU-hours. {machine()}"]
+    lines = [
+        f"- Written on {today()}{runs and f', from {runs}'}: {len(done)} of {planned} runs,"
+        f" {taken:.2f} CPU-hours. {machine()}"
+    ]
     if config.preset is not None:
         lines.append(
             f"- Settings of the paper's {config.preset}, **published protocol**: a random split"

@@ -11,7 +11,7 @@ import numpy as np
 
 from ca3d.experiments.markdown import p_text, percent, table
 from ca3d.experiments.plan import Plan
-from ca3d.experiments.rows import Row
+from ca3d.experiments.rows import Row, check_same_clips
 from ca3d.experiments.statistics import (
     LEAST_SEEDS,
     Interval,
@@ -95,8 +95,12 @@ def comparison(found: Sequence[Entry], reference: Entry | None = None) -> list[s
 
     Returns:
         Lines: what was not run, the table, and how to read it.
+
+    Raises:
+        ca3d.errors.UserError: The runs were tested on different clips.
     """
     reference = reference or found[0]
+    check_same_clips(row for entry in found for row in entry.rows.values())
     differences = _differences(found, reference)
     corrected = holm({entry.title: p for entry, (_, p) in differences})
     by_title = {entry.title: interval for entry, (interval, _) in differences}

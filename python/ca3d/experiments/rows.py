@@ -15,7 +15,7 @@ from ca3d.errors import UserError
 from ca3d.experiments.cells import Cell
 from ca3d.training.logs import finite
 
-__all__ = ["Row", "RowFile", "cell_of", "read_rows", "run_dates", "today"]
+__all__ = ["Row", "RowFile", "cell_of", "check_same_clips", "read_rows", "run_dates", "today"]
 
 Row = dict[str, Any]
 
@@ -131,6 +131,37 @@ def cell_of(row: Row) -> Cell:
         True
     """
     return Cell.of(row["cell"])
+
+
+def check_same_clips(rows: Iterable[Row]) -> None:
+    """Raises `UserError` if runs on one data set were tested on different clips.
+
+    Differences are paired clip by clip: files that were added, taken away or broken between two
+    runs would pair different ones.
+
+    Args:
+        rows: Rows of cells.
+
+    Example:
+        >>> row = {"cell": {"data": {"folder": "videos"}}, "correct": "110", "date": "2026-12-01"}
+        >>> check_same_clips([row, row])
+        >>> check_same_clips([row, {**row, "correct": "11"}])
+        Traceback (most recent call last):
+        ca3d.errors.UserError: videos changed between two runs (2026-12-01: 3 test clips, ...
+    """
+    first: dict[str, Row] = {}
+    for row in rows:
+        # What a control does to a clip, and what else is scored, leaves the clips the same.
+        data = {k: v for k, v in row["cell"]["data"].items() if k not in ("control", "score_train")}
+        other = first.setdefault(json.dumps(data, sort_keys=True), row)
+        counts = [len(x["correct"]) for x in (other, row)]
+        lists = {x["test_clips"] for x in (other, row) if "test_clips" in x}
+        if counts[0] != counts[1] or len(lists) > 1:
+            raise UserError(
+                f"{data.get('folder', data.get('name'))} changed between two runs"
+                f" ({other.get('date', '?')}: {counts[0]} test clips, {row.get('date', '?')}:"
+                f" {counts[1]}, not the same ones); begin anew in another --out"
+            )
 
 
 def today() -> str:

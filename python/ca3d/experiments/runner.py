@@ -12,7 +12,7 @@ from pathlib import Path
 from ca3d.errors import UserError
 from ca3d.experiments.cells import Cell
 from ca3d.experiments.display import Display
-from ca3d.experiments.rows import Row, RowFile
+from ca3d.experiments.rows import Row, RowFile, check_same_clips
 from ca3d.training.logs import write_json
 from ca3d.training.run_folder import environment
 
@@ -73,7 +73,8 @@ def run_cells(
         the budget is used up, and the same call with a larger one goes on.
 
     Raises:
-        ca3d.errors.UserError: An option, or a cell's model, data or recipe can't be used.
+        ca3d.errors.UserError: An option, or a cell's model, data or recipe can't be used, or the
+            data changed since other cells were tested on it.
         ca3d.training.interrupt.StoppedError: SIGINT or SIGTERM came.
 
     Example:
@@ -90,6 +91,7 @@ def run_cells(
         with display.running(cells, {key: file.rows[key] for key in keys if key in file.rows}):
             train = _here if options.jobs == 1 else _in_processes
             for row in train(missing, options, lambda: _may_begin(file, options), display):
+                check_same_clips([*(file.rows[key] for key in keys if key in file.rows), row])
                 file.add(row)
                 display.finished(row)
         return {key: file.rows[key] for key in keys if key in file.rows}

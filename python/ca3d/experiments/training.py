@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import tempfile
 import time
@@ -57,8 +58,9 @@ def train_cell(
 
     Returns:
         A row: the cell, accuracies of the three splits in [0, 1], which test clips were right
-        ("1") and wrong ("0"), their groups where known, steps taken and skipped, seconds of
-        computing, the date, and what `ca3d.experiments.observer` counted.
+        ("1") and wrong ("0"), their groups where known, for videos a digest of their names, steps
+        taken and skipped, seconds of computing, the date, and what `ca3d.experiments.observer`
+        counted.
 
     Raises:
         ca3d.errors.UserError: The model, the data or an option can't be used.
@@ -110,6 +112,8 @@ def train_cell(
     }
     if any(group is not None for group in groups):
         row["groups"] = groups
+    if "folder" in cell.data and data.test:
+        row["test_clips"] = _digest([data.test.samples[i].path for i in test.indices.tolist()])
     if isinstance(regime, Observer):
         row["observed"] = regime.to_dict()
     return row
@@ -218,6 +222,11 @@ def _data(cell: Cell, config: TrainConfig, folder: Path, path: Path, say: clips.
 
 def _splits(data: Data) -> dict[str, ClipDataset | None]:
     return {"train": data.train, "val": data.val, "test": data.test}
+
+
+def _digest(paths: list[Path]) -> str:
+    names = "\n".join(sorted(f"{path.parent.name}/{path.name}" for path in paths))
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
 def _correct(scores: Scores) -> str:

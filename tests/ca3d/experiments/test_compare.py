@@ -1,5 +1,6 @@
 """Comparisons: what they plan, that they go on, and what their reports say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,9 @@ def test_videos_are_compared_and_nothing_runs_twice(tmp_path: Path) -> None:
         progress="none",
     )
     report = compare.run(config).read_text()
-    assert "2 of 2 runs" in report
     rows = read_rows(tmp_path / "c" / ROWS)
+    dates = sorted({row["date"] for row in rows.values()})
+    assert f"from runs of {' to '.join(dates)}: 2 of 2 runs" in report
     assert all(len(row["correct"]) == 8 for row in rows.values())
     assert all(0 <= row["train_top1"] <= 1 for row in rows.values())
     for row in rows.values():
@@ -171,6 +173,31 @@ def test_videos_are_compared_and_nothing_runs_twice(tmp_path: Path) -> None:
     assert (tmp_path / "c" / ROWS).read_text() == before
     assert (tmp_path / "c" / "accuracy.png").is_file()
     assert (tmp_path / "c" / "runs.csv").read_text().count("\n") == 3
+
+
+def test_data_that_changed_between_runs_is_not_compared(tmp_path: Path) -> None:
+    clips = {"train": 8, "val": 8, "test": 8}
+    make("motion-order", tmp_path / "v", size=clips, workers=1, resolution=32, frames=16)
+    config = CompareConfig(
+        data=str(tmp_path / "v"),
+        models="ca3d_tiny",
+        regimes="float32",
+        seeds=1,
+        out=str(tmp_path / "c"),
+        frames=4,
+        stride=4,
+        size=32,
+        epochs=1,
+        batch_size=8,
+        progress="none",
+    )
+    compare.run(config)
+    before = (tmp_path / "c" / ROWS).read_text()
+    names = (tmp_path / "v" / "test.csv").read_text().splitlines()
+    (tmp_path / "v" / "test.csv").write_text("\n".join(names[:-1]) + "\n")
+    with pytest.raises(UserError, match=r"changed between two runs .*: 8 test clips, .*: 7, not"):
+        compare.run(replace(config, seeds=2))
+    assert (tmp_path / "c" / ROWS).read_text() == before
 
 
 def test_results_study_plans_equal_treatment() -> None:

@@ -100,8 +100,9 @@ def test_damaged_and_shared_files_are_refused(tmp_path: Path) -> None:
 
 def test_budget_counts_what_was_spent_before(tmp_path: Path) -> None:
     cells = [_cell(seed) for seed in range(3)]
+    (row,) = run_cells(cells[:1], RunOptions(tmp_path)).values()
     with RowFile(tmp_path / ROWS) as file:
-        file.add({"key": cells[0].key, "cpu_seconds": 1800.0})
+        file.add({**row, "cpu_seconds": 1800.0})
     # Another run as long as the mean of those so far would end at an hour.
     assert list(run_cells(cells, RunOptions(tmp_path, budget_hours=0.9))) == [cells[0].key]
     found = run_cells(cells, RunOptions(tmp_path, budget_hours=1.0))
