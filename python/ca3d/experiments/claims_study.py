@@ -196,7 +196,8 @@ class ClaimsConfig(StudyOptions):
     def validate(self) -> None:
         """Raises `UserError` for the first option whose value is not allowed."""
         super().validate()
-        check_words("--only", self.only, [*(claim.name for claim in CLAIMS), "leakage", _COST])
+        known = [*(claim.name for claim in CLAIMS), "leakage", _COST]
+        check_words("--only", self.only, known, least=0)
 
 
 def plan_of(claim: Claim, config: ClaimsConfig) -> Plan:

@@ -137,7 +137,7 @@ class CompareConfig:
             raise UserError(f"--seeds must be at least 1, not {self.seeds}")
         check_words("--models", self.models, models.names())
         check_words("--regimes", self.regimes, precision.names())
-        check_words("--controls", self.controls, ("frames", "shuffled"))
+        check_words("--controls", self.controls, ("frames", "shuffled"), least=0)
         embedded = self.data in maker.names()
         if self.controls and not embedded:
             raise UserError(f"--controls {self.controls}: {self.data} is not held in memory")

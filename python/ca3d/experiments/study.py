@@ -121,13 +121,14 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def check_words(flag: str, text: str, known: Iterable[str]) -> None:
+def check_words(flag: str, text: str, known: Iterable[str], *, least: int = 1) -> None:
     """Raises `UserError` if a word of an option is not among the known ones.
 
     Args:
         flag: The option, as the user types it.
         text: Its value.
         known: What is allowed.
+        least: How many words there must be.
 
     Example:
         >>> check_words("--models", "r3d", ["ca3d"])
@@ -135,6 +136,8 @@ def check_words(flag: str, text: str, known: Iterable[str]) -> None:
         ca3d.errors.UserError: --models: 'r3d' is none of ca3d
     """
     known = list(known)
+    if len(words(text)) < least:
+        raise UserError(f"{flag} must name at least {least} of {', '.join(known)}, not {text!r}")
     for word in words(text):
         if word not in known:
             raise UserError(f"{flag}: {word!r} is none of {', '.join(known)}")

@@ -128,6 +128,7 @@ def test_preset_can_be_cut_down_but_not_changed() -> None:
     [
         ({"data": ""}, "DATA must name"),
         ({"models": "ca4d"}, "--models: 'ca4d' is none of"),
+        ({"models": ","}, "--models must name at least 1 of ca3d, .*, not ','"),
         ({"regimes": "float8"}, "--regimes: 'float8' is none of"),
         ({"controls": "frames"}, "is not held in memory"),
         ({"seeds": 0}, "--seeds must be at least 1"),

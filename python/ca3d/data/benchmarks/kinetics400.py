@@ -126,7 +126,7 @@ def _read_official(file: Path, part: str, videos: Path, at: dict[str, Path]) -> 
         for row in rows:
             try:
                 start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"{file}, line {rows.line_num}: time_start and time_end must be numbers"
                 ) from error

@@ -160,6 +160,18 @@ def test_kinetics400_list_forms(tmp_path: Path, form: str) -> None:
         assert len(found.classes) == 2
 
 
+@pytest.mark.parametrize("start", ["", "soon", "nan", "inf"])
+def test_kinetics400_times_must_be_numbers(tmp_path: Path, start: str) -> None:
+    root = make_kinetics400(tmp_path / "k400", test_list=False)
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for split in ("train", "val"):
+        text = f"label,youtube_id,time_start,time_end\njump 0,a,{start},15\n"
+        (lists / f"kinetics_{split}.csv").write_text(text)
+    with pytest.raises(UserError, match=r"_train\.csv, line 2: time_start and time_end must be"):
+        divide(root, dataset="kinetics400", split_files=str(lists))
+
+
 def test_own_lists_come_first_unless_the_data_set_is_named(tmp_path: Path) -> None:
     videos = make_ucf101(tmp_path)
     (videos / "train.csv").write_text("path,label\nArchery/v_Archery_g01_c01.avi,Archery\n")
