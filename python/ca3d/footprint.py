@@ -7,6 +7,8 @@ what an architecture costs and what its implementation does.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import re
@@ -25,6 +27,7 @@ from ca3d.errors import UserError
 from ca3d.models import engine
 from ca3d.options import option
 from ca3d.training.device import choose_device
+from ca3d.training.logs import write_json
 
 CLASSES = 101
 #: The models of the paper's comparison, with CA3D as its code has it.
@@ -70,6 +73,8 @@ class FootprintConfig:
             least = 2 if name == "batch" else 1
             if value is not None and value < least:
                 raise UserError(f"--{name} must be at least {least}, not {value}")
+        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
+            raise UserError(f"--json {self.json}: no such folder")
         known = models.names()
         for spec in _specs(self.models):
             name, _ = _name_and_options(spec)
@@ -160,7 +165,7 @@ def footprint(
         for row, seconds in zip(rows, _interleaved(jobs, run, config.rounds), strict=True):
             row[key] = frames / seconds
     if config.json is not None:
-        Path(config.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(config.json), rows)
     return rows
 
 
@@ -323,6 +328,10 @@ def measure_memory(
     _on_meta(config, spec)
     small = FootprintConfig(batch=2, frames=config.frames, size=32)
     Job(small, "ca3d_tiny", regime, SHIPPED, place).train()
+    # What it freed would serve the model, and be missing from the model's growth.
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
     before = _used(place, largest=False)
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)

@@ -56,6 +56,7 @@ class Report:
         classes: Number of videos of each class.
         splits: Number of videos of each class, in each split.
         facts: What is known of each readable video.
+        repeated: Videos that are listed more than once in a split.
         missing: Listed videos that are not on the disk.
         unreadable: Videos that cannot be read, with the reason.
         short: Videos shorter than a clip, which are looped.
@@ -70,6 +71,7 @@ class Report:
     classes: dict[str, int] = field(default_factory=dict)
     splits: dict[str, dict[str, int]] = field(default_factory=dict)
     facts: dict[Path, VideoFacts] = field(default_factory=dict)
+    repeated: list[Path] = field(default_factory=list)
     missing: list[Path] = field(default_factory=list)
     unreadable: dict[Path, str] = field(default_factory=dict)
     short: list[Path] = field(default_factory=list)
@@ -103,6 +105,7 @@ class Report:
             "classes": self.classes,
             "splits": self.splits,
             "ranges": {name: list(values) for name, values in self.ranges().items()},
+            "repeated": [str(p) for p in self.repeated],
             "missing": [str(p) for p in self.missing],
             "unreadable": {str(p): reason for p, reason in self.unreadable.items()},
             "short": [str(p) for p in self.short],
@@ -218,6 +221,8 @@ def check(
     unique = {s.path: s for s in samples}
     report.classes = _count(unique.values())
     report.splits = {name: _count(part) for name, part in parts.items()}
+    rows = (Counter(s.path for s in part) for part in parts.values())
+    report.repeated = sorted({p for counts in rows for p, n in counts.items() if n > 1})
     report.missing = sorted(p for p in unique if not p.is_file())
     present = sorted(set(unique) - set(report.missing))
     begin = time.perf_counter()
@@ -266,6 +271,11 @@ def _judge(report: Report, clip: ClipSpec) -> None:
     faults, notes = report.faults, report.notes
     if len(report.classes) < 2:
         faults.append("a single class: there is nothing to tell apart")
+    if report.repeated:
+        faults.append(
+            f"{len(report.repeated)} videos are listed more than once in a split:"
+            f" {_some(report.repeated)}; they would count as often"
+        )
     if report.missing:
         faults.append(
             f"{len(report.missing)} listed videos are missing: {_some(report.missing)}; "

@@ -314,8 +314,8 @@ class VideoFolder(Dataset[Item | None]):
         """Whether a change of clips was asked for or declared, and which; None: neither."""
         if asked and declared is False:
             raise UserError(
-                f"{self.root}: dataset.json says that a {changed} changes its label: leave {name} "
-                "unset"
+                f"{self.root}: dataset.json says that a {changed} changes its label: set {name} "
+                "to false"
             )
         if asked is not None:
             return asked, "as asked for"

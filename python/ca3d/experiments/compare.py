@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -138,6 +139,9 @@ class CompareConfig:
         check_words("--models", self.models, models.names())
         check_words("--regimes", self.regimes, precision.names())
         check_words("--controls", self.controls, ("frames", "shuffled"), least=0)
+        for rate in self.rates or ():
+            if not (math.isfinite(rate) and rate > 0):
+                raise UserError(f"--rates must be finite and above 0, not {rate}")
         embedded = self.data in maker.names()
         if self.controls and not embedded:
             raise UserError(f"--controls {self.controls}: {self.data} is not held in memory")
@@ -188,7 +192,7 @@ def make_plan(config: CompareConfig) -> Plan:
     data, recipe = _data(config, setting, preset)
     recipe |= {name: setting(name) for name in ("epochs", "batch_size", "schedule")}
     recipe |= {name: preset[name] for name in ("warmup_epochs", "milestones") if name in preset}
-    rates = setting("rates") or [TrainConfig().lr]
+    rates = list(dict.fromkeys(setting("rates") or [TrainConfig().lr]))
     decay = setting("weight_decay")
     return Plan(
         data=data,
@@ -221,14 +225,22 @@ def run(config: CompareConfig) -> Path:
     """
     plan = make_plan(config)
     folder = Path(config.out)
+    report = folder / "report.md"
+    if report.exists() and not (folder / ROWS).exists():
+        raise UserError(f"{report} is of no comparison: choose another --out")
     if config.only_report:
         rows = read_rows(folder / ROWS)
+        found = entries(plan, rows)
+        if rows and not any(entry.rows for entry in found):
+            raise UserError(
+                f"{folder} has {len(rows)} runs, but none of this comparison: give the options"
+                " that they were made with"
+            )
     else:
         keep = config.data not in maker.names()
         options = RunOptions(folder, config.jobs, config.budget_hours, keep, config.device)
         rows = run_plan(plan, options, Display(config.progress))
     found = entries(plan, rows)
-    report = folder / "report.md"
     lines = [f"# Comparison on {config.data}", "", *_about(config, plan, rows), ""]
     lines += comparison(found, _reference(config, found))
     if any(entry.rows for entry in found):
@@ -266,7 +278,7 @@ def _reference(config: CompareConfig, found: list[Entry]) -> Entry:
 def _about(config: CompareConfig, plan: Plan, rows: Mapping[str, Row]) -> list[str]:
     cells = plan.cells(plan.chosen(rows))
     done = [rows[cell.key] for cell in cells if cell.key in rows]
-    runs = run_dates(done, Path(config.out) / ROWS)
+    runs = run_dates(done)
     taken = sum(row["cpu_seconds"] for row in rows.values()) / 3600
     planned = len(plan.seeds) * sum(1 for _ in plan.conditions())
     lines = [
@@ -279,8 +291,24 @@ def _about(config: CompareConfig, plan: Plan, rows: Mapping[str, Row]) -> list[s
             " over clips, so that clips of one recording are on both sides. Not comparable with"
             " results on official splits."
         )
+    lines += _tested(done)
     rates = plan.chosen(rows)
     if len(plan.rates) > 1:
         text = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         lines.append(f"- Learning rates, chosen on validation in {plan.regimes[0]}: {text or '-'}.")
     return lines
+
+
+def _tested(rows: list[Row]) -> list[str]:
+    """What clips the runs were tested on, and which they had to do without."""
+    if not rows:
+        return []
+    row = rows[0]
+    line = f"- {len(row['correct'])} test clips of {row['classes']} classes"
+    lacking = [f"{row[what]} {what}" for what in ("missing", "unreadable") if row.get(what)]
+    if lacking:
+        line += f"; videos left out: {', '.join(lacking)} (listed in each run's folder)"
+    diverged = sum(row.get("unscored", 0) > 0 for row in rows)
+    if diverged:
+        line += f". **{diverged} runs diverged**: clips without finite scores count as wrong"
+    return [f"{line}."]

@@ -150,7 +150,8 @@ def csv_rows(found: Sequence[Entry]) -> list[dict[str, Any]]:
             "control": entry.control or "",
             "seed": seed,
             "lr": row["cell"]["recipe"]["lr"],
-            **{name: row[name] for name in ("parameters", "steps", "skipped", "best_epoch")},
+            **{name: row[name] for name in ("parameters", "steps", "skipped")},
+            "best_epoch": row["best_epoch"] + 1,  # people count from 1
             **{name: row[name] for name in ("train_top1", "val_top1", "test_top1")},
             "cpu_seconds": row["cpu_seconds"],
         }

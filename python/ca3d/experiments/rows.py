@@ -174,27 +174,24 @@ def today() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def run_dates(rows: Iterable[Row], path: str | Path) -> str:
+def run_dates(rows: Iterable[Row]) -> str:
     """When runs ended, as a report says it.
 
     Args:
-        rows: Their rows. Those that know no date, as it was not kept at first, are not younger
-            than the file.
-        path: The file of the rows.
+        rows: Their rows. Those that know no date, as it was not kept at first, are the oldest.
 
     Returns:
         Nothing where there are no rows.
 
     Example:
-        >>> run_dates([{"date": "2026-11-28"}, {"date": "2026-11-27"}], "rows.jsonl")
+        >>> run_dates([{"date": "2026-11-28"}, {"date": "2026-11-27"}])
         'runs of 2026-11-27 to 2026-11-28'
     """
     dates = sorted({row.get("date", "") for row in rows})
     if not dates:
         return ""
     if not dates[0]:
-        written = time.strftime("%Y-%m-%d", time.localtime(Path(path).stat().st_mtime))
-        return f"runs until {dates[-1] or written}"
+        return f"runs until {dates[-1]}" if dates[-1] else "runs of unknown dates"
     return f"runs of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ca3d.errors import UserError
 from ca3d.experiments.rows import Row, run_dates, today
-from ca3d.experiments.runner import ROWS, RunOptions
+from ca3d.experiments.runner import RunOptions
 from ca3d.options import option
 
 __all__ = ["Scale", "StudyOptions", "check_words", "words"]
@@ -100,7 +100,7 @@ class StudyOptions:
             if x.name not in ignored and getattr(self, x.name) != x.default
         ]
         command = " ".join(["ca3d study", study, *chosen, "--only-report"])
-        runs = run_dates(rows.values(), self.folder / ROWS)
+        runs = run_dates(rows.values())
         return f"Written by `{command}` on {today()}{runs and f', from {runs}'}."
 
     @property
@@ -112,13 +112,13 @@ class StudyOptions:
 
 
 def words(text: str) -> list[str]:
-    """The words of an option that takes several, separated by commas.
+    """The different words of an option that takes several, separated by commas.
 
     Example:
-        >>> words("a, b,")
+        >>> words("a, b, a,")
         ['a', 'b']
     """
-    return [word.strip() for word in text.split(",") if word.strip()]
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def check_words(flag: str, text: str, known: Iterable[str], *, least: int = 1) -> None:

@@ -105,6 +105,7 @@ def train_cell(
         "classes": len(data.classes),
         "clips": {name: 0 if part is None else len(part) for name, part in _splits(data).items()},
         "correct": _correct(test),
+        "unscored": int(test.metrics.unscored.sum()),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "cpu_seconds": round(time.process_time() - began, 2),
         "seconds": round(time.monotonic() - began_wall, 2),
@@ -113,6 +114,7 @@ def train_cell(
     if any(group is not None for group in groups):
         row["groups"] = groups
     if "folder" in cell.data and data.test:
+        row["missing"], row["unreadable"] = data.missing, len(test.broken)
         row["test_clips"] = _digest([data.test.samples[i].path for i in test.indices.tolist()])
     if isinstance(regime, Observer):
         row["observed"] = regime.to_dict()
@@ -230,6 +232,8 @@ def _digest(paths: list[Path]) -> str:
 
 
 def _correct(scores: Scores) -> str:
-    right = scores.probabilities.argmax(1) == scores.labels
+    # A clip whose scores are not finite has no likeliest class, though argmax names one.
+    scored = scores.probabilities.isfinite().all(1)
+    right = scored & (scores.probabilities.argmax(1) == scores.labels)
     order = torch.argsort(scores.indices)
     return "".join("1" if r else "0" for r in right[order].tolist())

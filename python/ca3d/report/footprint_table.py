@@ -69,7 +69,8 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 def _table(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     lines = [
         f"{'model':<{width}} {'precision':<17} {'parameters':>12} {'MACs':>8} {'2xMACs':>8} "
-        f"{'train fr/s':>11} {'infer fr/s':>11} {'peak MB':>8}   paper: parameters, GFLOPs, memory"
+        f"{'train fr/s':>11} {'infer fr/s':>11} {'peak MB':>8}   "
+        "paper: parameters, GFLOPs, memory at batch 20"
     ]
     for row in sorted(rows, key=lambda row: _order(rows, row)):
         paper = _PAPER.get(row["model"])

@@ -145,9 +145,10 @@ class TrainConfig(SplitOptions):
         "Recipe",
     )
     momentum: float = option(0.9, "SGD's momentum, AdamW's beta 1", "Recipe")
-    weight_decay: float = option(
-        5e-3,
-        "Weight decay, on every parameter but transformers' class tokens and positional tables",
+    weight_decay: float | None = option(
+        None,
+        "Weight decay, on every parameter but transformers' class tokens and positional tables"
+        " (default: as published for the model, 5e-3 for CA3D)",
         "Recipe",
     )
     schedule: Literal["published", "cosine", "onecycle", "constant"] = option(
@@ -218,7 +219,8 @@ class TrainConfig(SplitOptions):
         _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         decay = self.weight_decay
-        _check(self, "weight_decay", math.isfinite(decay) and decay >= 0, "finite and not negative")
+        fine = decay is None or (math.isfinite(decay) and decay >= 0)
+        _check(self, "weight_decay", fine, "finite and not negative")
         warmup = self.warmup_epochs
         fine = warmup is None or (math.isfinite(warmup) and 0 <= warmup <= self.epochs)
         _check(self, "warmup_epochs", fine, "between 0 and --epochs")

@@ -218,6 +218,8 @@ def _divide(
     config: TrainConfig, say: Callable[[str], None]
 ) -> tuple[splits.Split, list[str], Protocol]:
     """Returns the parts of the data set, its class names, and the protocol."""
+    if config.train_list is not None and config.fold != 1:
+        raise UserError(f"--fold {config.fold} is of official splits, not of --train-list")
     if config.train_list is None:
         official = partition(
             config.data, config, val_fraction=config.val_fraction, seed=config.split_seed

@@ -140,12 +140,13 @@ class Trainer:
             torch.backends.cudnn.benchmark = False
         torch.manual_seed(config.seed)
         self.model = self._make_model()
+        decay = config.weight_decay
         self.optimizer = regime.optimizer(
             config.optimizer,
             models.decay_groups(self.model),
             lr=config.lr,
             momentum=config.momentum,
-            weight_decay=config.weight_decay,
+            weight_decay=models.recipe(config.model).weight_decay if decay is None else decay,
         )
         if config.early_stopping is not None and data.val is None:
             raise UserError("--early-stopping needs a validation split, and there is none")

@@ -85,6 +85,7 @@ def test_the_papers_figures_stand_beside() -> None:
         ({"models": " ,"}, "must name at least one"),
         ({"models": "ca3d:pool"}, "'pool' is not OPTION=VALUE"),
         ({"models": "ca3d:pool=max"}, "--models ca3d:pool=max: pool must be one of"),
+        ({"json": "nowhere/rows.json"}, "--json nowhere/rows.json: no such folder"),
         ({"regimes": "float32,int4"}, "precision 'int4' is not known"),
     ],
 )

@@ -45,17 +45,19 @@ def test_everything_that_can_be_wrong(root, write_video):
     write_video(root / "walk" / "p0_t0.avi", 5)
     train = (root / "train.csv").read_text().splitlines()
     val = (root / "val.csv").read_text()
-    (root / "val.csv").write_text(val + train[1] + "\n" + "sit/a.avi,sit,p9\n")
+    (root / "val.csv").write_text(val + (train[1] + "\n") * 2 + "sit/a.avi,sit,p9\n")
     write_video(root / "sit" / "a.avi", 20)
     report = check(root, clip=CLIP)
     assert not report.ok
     assert report.exit_status == 1
     assert report.missing == [gone]
+    assert report.repeated == [root / train[1].split(",")[0]]
     assert list(report.unreadable) == [broken]
     assert report.short == [root / "walk" / "p0_t0.avi"]
     assert ("train", "val") in {o[:2] for o in report.overlaps}
     text = str(report)
     for part in ("1 listed videos are missing", "p1_t0.avi", "lie in two splits", "will be looped",
+                 "1 videos are listed more than once",
                  "no videos of: sit", "FAULT", "groups lie in two splits"):  # fmt: skip
         assert part in text
 

@@ -1,5 +1,6 @@
 """Comparisons: what they plan, that they go on, and what their reports say."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def test_preset_can_be_cut_down_but_not_changed() -> None:
     [
         ({"data": ""}, "DATA must name"),
         ({"models": "ca4d"}, "--models: 'ca4d' is none of"),
+        ({"rates": [0.1, -1.0]}, "--rates must be finite and above 0, not -1.0"),
         ({"models": ","}, "--models must name at least 1 of ca3d, .*, not ','"),
         ({"regimes": "float8"}, "--regimes: 'float8' is none of"),
         ({"controls": "frames"}, "is not held in memory"),
@@ -176,6 +178,26 @@ def test_videos_are_compared_and_nothing_runs_twice(tmp_path: Path) -> None:
     assert (tmp_path / "c" / "runs.csv").read_text().count("\n") == 3
 
 
+def test_nothing_is_overwritten_by_an_empty_report(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    config = CompareConfig(data="motion-order", models="r3d_tiny", out=str(tmp_path))
+    with pytest.raises(UserError, match=r"report.md is of no comparison: choose another --out"):
+        compare.run(config)
+    plan = make_plan(replace(config, models="ca3d_tiny", regimes="float32"))
+    (tmp_path / ROWS).write_text("".join(f"{json.dumps(r)}\n" for r in _fake(plan, {}).values()))
+    with pytest.raises(UserError, match="has 5 runs, but none of this comparison"):
+        compare.run(replace(config, only_report=True))
+    assert (tmp_path / "report.md").read_text() == "mine"
+
+
+def test_repeated_words_and_rates_count_once() -> None:
+    plan = make_plan(
+        CompareConfig(data="v", models="ca3d,ca3d", regimes="qat,qat", rates=[0.1, 0.1])
+    )
+    assert (list(plan.models), plan.regimes, list(plan.rates)) == (["ca3d"], ["qat"], [0.1])
+    assert plan.tuning() == []
+
+
 def test_data_that_changed_between_runs_is_not_compared(tmp_path: Path) -> None:
     clips = {"train": 8, "val": 8, "test": 8}
     make("motion-order", tmp_path / "v", size=clips, workers=1, resolution=32, frames=16)
@@ -195,6 +217,7 @@ def test_data_that_changed_between_runs_is_not_compared(tmp_path: Path) -> None:
     compare.run(config)
     before = (tmp_path / "c" / ROWS).read_text()
     names = (tmp_path / "v" / "test.csv").read_text().splitlines()
+    assert "- 8 test clips of 8 classes.\n" in (tmp_path / "c" / "report.md").read_text()
     (tmp_path / "v" / "test.csv").write_text("\n".join(names[:-1]) + "\n")
     with pytest.raises(UserError, match=r"changed between two runs .*: 8 test clips, .*: 7, not"):
         compare.run(replace(config, seeds=2))

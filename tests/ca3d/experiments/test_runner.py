@@ -98,6 +98,14 @@ def test_damaged_and_shared_files_are_refused(tmp_path: Path) -> None:
     assert "in use by another process" in done.stderr
 
 
+def test_a_diverged_run_gets_no_clip_right(tmp_path: Path) -> None:
+    # Scores that are all NaN have an argmax, the first class, which is right for some clips.
+    cell = replace(_cell(), recipe={**RECIPE, "lr": 1e20})
+    row = train_cell(cell, tmp_path)
+    assert row["unscored"] == 8
+    assert (row["test_top1"], row["correct"]) == (0.0, "0" * 8)
+
+
 def test_budget_counts_what_was_spent_before(tmp_path: Path) -> None:
     cells = [_cell(seed) for seed in range(3)]
     (row,) = run_cells(cells[:1], RunOptions(tmp_path)).values()

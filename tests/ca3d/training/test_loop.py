@@ -18,6 +18,7 @@ from tiny_videos import TINY, bar_video, make_folder, write_video
 from ca3d import models, precision, weights
 from ca3d.errors import UserError
 from ca3d.training import TrainConfig, TrainResult, loop, train
+from ca3d.training.checkpoint import load_resume_state
 from ca3d.training.loader import epoch_batches
 
 
@@ -108,6 +109,19 @@ def test_one_step_equals_plain_torch(bars: Path, tmp_path: Path) -> None:
     trained = load_file(tmp_path / "run" / "last.safetensors")
     for key, value in model.state_dict().items():
         torch.testing.assert_close(trained[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "decay"), [({}, 5e-4), ({"weight_decay": 0.25}, 0.25)], ids=["default", "given"]
+)
+def test_weight_decay_is_that_of_the_model(
+    options: dict[str, Any], decay: float, bars: Path, tmp_path: Path
+) -> None:
+    tiny = {"model": "i3d_tiny", "model_options": {}, "max_steps": 1, "epochs": 1}
+    run(bars, tmp_path / "run", **tiny, **options)
+    state = load_resume_state(tmp_path / "run" / "resume.pt")
+    assert models.recipe("i3d_tiny").weight_decay == 5e-4
+    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {decay}
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:

@@ -38,6 +38,16 @@ def holds_split_files(folder: Path) -> bool:
     return file is not None and "youtube_id" in _header(file)
 
 
+def holds_lists(folder: Path) -> bool:
+    """Whether a folder holds lists in any of the forms that `read` takes.
+
+    Example:
+        >>> holds_lists(dataset_root / "jump")
+        False
+    """
+    return _list_file(folder, "train") is not None
+
+
 def class_names(folder: Path) -> list[str]:
     """Returns the class names of the training list.
 

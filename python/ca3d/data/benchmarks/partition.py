@@ -72,6 +72,9 @@ def partition(
     options.validate_split()
     folder = data_folder(root)
     found = _find(folder, options)
+    if options.fold != 1 and (found is None or options.protocol == "published"):
+        lacks = "the published protocol has" if found is not None else f"{root} has"
+        raise UserError(f"--fold {options.fold}: {lacks} no official splits")
     if options.protocol == "published":
         return _published(folder, found)
     if found is None:
@@ -79,11 +82,13 @@ def partition(
     if options.fold not in found.module.FOLDS:
         raise UserError(f"--fold {options.fold}: {found.name} has one split")
     official = found.module.read(found.split_files, found.videos, options.fold)
-    parts = dict(official.parts)
+    parts, repeated = _once_each(official.parts)
     for name, part in parts.items():
         if not part:
             raise UserError(f"{found.split_files}: lists no {name} videos")
     notes = [*official.notes, f"split files of {found.name}: {found.split_files}"]
+    if repeated:
+        notes.append(f"{repeated} rows repeat a video of the same list and are left out")
     drawn = "val" not in parts and val_fraction > 0
     if drawn:
         shares = {"train": 1 - val_fraction, "val": val_fraction}
@@ -103,6 +108,12 @@ def partition(
     return Partition(parts, official.classes, protocol, tuple(notes))
 
 
+def _once_each(parts: splits.Split) -> tuple[splits.Split, int]:
+    """The parts with every file once, and how many rows were left out for it."""
+    once = {name: list({s.path: s for s in part}.values()) for name, part in parts.items()}
+    return once, sum(len(parts[name]) - len(part) for name, part in once.items())
+
+
 def _find(root: Path, options: SplitOptions) -> registry.Found | None:
     split_files = None if options.split_files is None else Path(options.split_files)
     if options.dataset == "folder":
@@ -110,6 +121,12 @@ def _find(root: Path, options: SplitOptions) -> registry.Found | None:
     if options.dataset != "auto":
         drawn = options.dataset != "kinetics400" or _has_split_folders(root)
         if options.protocol == "published" and drawn:
+            seen = registry.detect(root)
+            if seen is not None and seen.name != options.dataset:
+                raise UserError(
+                    f"--dataset {options.dataset}: {root} is {seen.name}, by its split files"
+                    f" {seen.split_files}"
+                )
             return registry.of_videos(options.dataset, root)
         return registry.find(root, options.dataset, split_files)
     found = registry.detect(root, split_files)

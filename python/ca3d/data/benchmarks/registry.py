@@ -59,8 +59,10 @@ def find(root: Path, name: str, split_files: Path | None = None) -> Found:
             raise UserError(f"--split-files {split_files}: no such folder")
         return Found(name, module, split_files, videos)
     places = _places(root, module)
+    # Where the user says that it is Kinetics, lists in any of its forms are its lists.
+    holds = kinetics400.holds_lists if module is kinetics400 else module.holds_split_files
     for place in places:
-        if module.holds_split_files(place):
+        if holds(place):
             return Found(name, module, place, videos)
     listed = ", ".join(str(p) for p in places[:3])
     raise UserError(

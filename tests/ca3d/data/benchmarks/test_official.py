@@ -49,6 +49,34 @@ def test_ucf101(tmp_path: Path, fold: int) -> None:
     assert len(set().union(*(groups(found, part) for part in found.splits))) == 16
 
 
+def test_rows_that_repeat_a_video_count_once(tmp_path: Path) -> None:
+    videos = make_ucf101(tmp_path)
+    expected = divide(videos)
+    for name in ("trainlist01.txt", "testlist01.txt"):
+        file = tmp_path / "ucfTrainTestlist" / name
+        rows = file.read_text().splitlines()
+        file.write_text("\n".join([*rows, rows[0], rows[2], rows[0]]) + "\n")
+    found = divide(videos)
+    assert found.splits == expected.splits
+    assert "6 rows repeat a video of the same list and are left out" in found.notes
+
+
+@pytest.mark.parametrize("protocol", ["official", "published"])
+def test_an_official_split_that_is_not_there_is_refused(tmp_path: Path, protocol: str) -> None:
+    videos = make_ucf101(tmp_path)
+    if protocol == "official":
+        (tmp_path / "ucfTrainTestlist").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"--fold 2: .* has no official splits"):
+        partition(videos, SplitOptions(fold=2, protocol=protocol))  # type: ignore[arg-type]
+
+
+def test_a_data_set_is_not_taken_for_another(tmp_path: Path) -> None:
+    videos = make_ucf101(tmp_path)
+    options = SplitOptions(dataset="hmdb51", protocol="published")
+    with pytest.raises(UserError, match=r"--dataset hmdb51: .* is ucf101, by its split files"):
+        partition(videos, options)
+
+
 def test_ucf101_in_every_place_of_the_split_files(tmp_path: Path) -> None:
     videos = make_ucf101(tmp_path / "a")
     expected = divide(videos).splits
@@ -151,6 +179,11 @@ def test_kinetics400_list_forms(tmp_path: Path, form: str) -> None:
             text = "\n".join(["label,youtube_id,time_start,time_end", *rows, "jump 0,gone,5,15"])
         (lists / f"kinetics_{split}.csv").write_text(text)
     found = divide(root, dataset="kinetics400", split_files=str(lists))
+    for file in root.glob("*.csv"):
+        file.unlink()
+    for file in lists.iterdir():
+        file.rename(root / file.name)
+    assert divide(root, dataset="kinetics400").splits == found.splits
     listed = [*found.splits["train"], *found.splits["val"]]
     if form == "ids":
         assert [s.path.name for s in listed if not s.path.is_file()] == ["gone_000005_000015.mp4"]
