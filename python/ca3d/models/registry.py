@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from torch import nn
@@ -148,7 +149,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: unknown name, or a number of classes below 1.
-        TypeError: an option that the model doesn't have.
+        TypeError: an option that the model doesn't have, or of another type.
         ca3d.errors.UserError: a library that the model is made of is not installed.
 
     Example:
@@ -158,6 +159,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     builder = _builder(name)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
+    _check_options(name, builder, options)
     model = builder(num_classes=num_classes, **options)
     if not hasattr(model, "options"):
         bound = inspect.signature(builder).bind(num_classes=num_classes, **options)
@@ -166,6 +168,33 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     if not hasattr(model, "name"):
         model.name = name  # type: ignore[assignment]
     return model
+
+
+def _check_options(name: str, builder: Callable[..., nn.Module], options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for an option that the builder itself would stumble over."""
+    parameters = inspect.signature(builder, eval_str=True).parameters
+    known = {key: p.annotation for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    if len(known) < len(parameters):
+        from ca3d.models.options import CA3DOptions
+
+        # A CA3D: these options check their values themselves.
+        known |= {field.name: Any for field in fields(CA3DOptions)}
+    for key, value in options.items():
+        if key not in known:
+            allowed = ", ".join(option for option in known if option != "num_classes")
+            raise TypeError(f"{name} has no option {key!r}; it has {allowed}")
+        kind = known[key]
+        if kind == Sequence[int]:
+            if not isinstance(value, (list, tuple)) or not all(_is(int, x) for x in value):
+                raise TypeError(f"{key} must be a list of integers, got {value!r}")
+        elif kind is int and not _is(int, value):
+            raise TypeError(f"{key} must be an integer, got {value!r}")
+        elif kind is float and not (_is((int, float), value) and math.isfinite(value)):
+            raise TypeError(f"{key} must be a finite number, got {value!r}")
+
+
+def _is(kind: type | tuple[type, ...], value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def create_for_clips(

@@ -1,5 +1,6 @@
 """Names without their libraries, input that is refused, and options that can't be."""
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -102,7 +103,11 @@ def test_only_tables_fix_the_size() -> None:
         ("swin3d_t", {"patch": (4, 4)}, "patch must have 3 entries"),
         ("tubevit_b", {"frames": 2}, "too small for a tube"),
         ("tubevit_b", {"patch": 14}, "patch must be a multiple of 4"),
-        ("x3d_xl", {"heads": 4}, "unexpected keyword argument 'heads'"),
+        ("x3d_xl", {"heads": 4}, "x3d_xl has no option 'heads'; it has frames, size, width, depth"),
+        ("x3d_xl", {"dropout": math.nan}, "dropout must be a finite number, got nan"),
+        ("stam_b", {"width": "wide"}, "width must be an integer, got 'wide'"),
+        ("r2plus1d_18", {"widths": "abc"}, "widths must be a list of integers, got 'abc'"),
+        ("ca3d", {"foo": 1}, "ca3d has no option 'foo'; it has .*pool"),
     ],
 )
 def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
