@@ -26,6 +26,7 @@ from ca3d.errors import UserError
 from ca3d.export.options import ExportConfig
 from ca3d.export.run import interleaved
 from ca3d.files import write_atomically
+from ca3d.models.options import CA3DOptions
 from ca3d.options import option
 
 __all__ = ["BenchConfig", "Candidate", "as_text", "bench", "make_candidates", "missing"]
@@ -79,6 +80,9 @@ class BenchConfig:
             value = getattr(self, name)
             if not all(word.isdigit() and int(word) for word in _words(value)):
                 raise UserError(f"--{name} must be numbers of at least 1, not {value!r}")
+        clip = CA3DOptions().frames
+        if any(int(word) > clip for word in _words(self.strides)):
+            raise UserError(f"--strides must be at most a clip's {clip} frames: {self.strides!r}")
         for name in ("size", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")

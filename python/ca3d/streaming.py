@@ -9,7 +9,7 @@ retraining, no approximation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,8 +227,12 @@ class Stream:
             ValueError: the state is of another stride, model or precision, or is no state. The
                 stream is then as it was.
         """
-        position = state.get("position")
-        if position is None or position.shape != (5,) or position.dtype != torch.int64:
+        position = state.get("position") if isinstance(state, Mapping) else None
+        if (
+            not isinstance(position, Tensor)
+            or position.shape != (5,)
+            or position.dtype != torch.int64
+        ):
             raise ValueError("state must be what Stream.state_dict returned: position is not in it")
         seen, stride, window, height, width = position.tolist()
         for name, value, own in (("stride", stride, self.stride), ("frames", window, self.window)):
@@ -256,7 +260,8 @@ class Stream:
                 )
         device = next(self.model.parameters()).device
         self.frames_seen, self._size = seen, (height, width) if seen else None
-        copies = {name: x.to(device, copy=True).contiguous() for name, x in given.items()}
+        with torch.inference_mode(False):
+            copies = {name: x.to(device, copy=True).contiguous() for name, x in given.items()}
         self._units, self._last = copies.get("units"), copies.get("last")
 
     def _blank(self, height: int, width: int) -> Tensor:
@@ -330,10 +335,12 @@ class Stream:
 
     def _store(self, plan: _Plan, singles: Tensor, units: Tensor) -> list[Tensor]:
         """Keeps new features; returns the newest window (T', h', w', C') if one is due."""
-        if self._span > 1:
-            self._last = singles[-1].clone(memory_format=torch.contiguous_format)
-        if self._units is None and plan.units:
-            self._units = units.new_zeros((self._slots, *units.shape[1:]))
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            if self._span > 1:
+                self._last = singles[-1].clone(memory_format=torch.contiguous_format)
+            if self._units is None and plan.units:
+                self._units = units.new_zeros((self._slots, *units.shape[1:]))
         # Units behind the newest window take the places of units in it.
         split = sum(plan.newest is not None and unit <= plan.newest for unit in plan.units)
         self._write(plan.units[:split], units[:split])

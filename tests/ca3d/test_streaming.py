@@ -227,6 +227,19 @@ def test_the_state_survives_a_file(dtype, video, whole, tmp_path):
         assert all(torch.equal(expected[end], found[end]) for end in expected)
 
 
+def test_inference_mode_may_come_and_go(video, whole):
+    model, expected = whole("paper", torch.float32)
+    stream, other = Stream(model), Stream(model)
+    with torch.inference_mode():
+        stream.push(video[:, :10])
+        other.load_state_dict(stream.state_dict())
+    for each in (stream, other):
+        found = [each.push(frame[:, None]) for frame in video[:, 10:20].unbind(1)]
+        with torch.inference_mode():
+            found.append(each.push(video[:, 20:21]))
+        assert close(found[-1], expected[21 - FRAMES])
+
+
 def test_a_state_is_a_copy(video, whole):
     stream = Stream(whole("paper", torch.float32)[0], 1)
     stream.push(video[:, :15])
@@ -244,6 +257,7 @@ def test_a_state_that_does_not_fit_is_refused(video, whole):
         each.push(video[:, :15])
     state = other.state_dict()
     for wrong, message in (
+        (None, "position is not in it"),
         ({}, "position is not in it"),
         ({**state, "position": torch.zeros(5)}, "position is not in it"),
         (state, "stride 3, this stream has 1"),

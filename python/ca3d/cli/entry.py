@@ -13,6 +13,7 @@ from typing import Any
 from ca3d.cli.parser import make_parser, parse
 from ca3d.cli.table import INSTALL, load
 from ca3d.errors import UserError
+from ca3d.watch.credentials import redact
 
 # Commands that train beside processes that read videos.
 _TRAINING = ("train", "demo", "compare", "study")
@@ -58,11 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            _print_traceback()
         return _report(name, error, debug)
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _print_traceback() -> None:
+    # A camera's address may be in any of its lines.
+    print(redact(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def _report(name: str, error: Exception, debug: bool) -> int:
@@ -79,9 +85,9 @@ def _report(name: str, error: Exception, debug: bool) -> int:
         message = "out of memory; a smaller --batch-size or --size needs less"
     else:
         if not debug:
-            traceback.print_exc()
+            _print_traceback()
         message = f"this is a bug ({type(error).__name__}); please report the lines above"
-    print(f"{name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"{name}: error: {redact(' '.join(message.splitlines()))}", file=sys.stderr)
     return 1
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from ca3d.cli.table import COMMANDS, GROUPS, INSTALL, Command, load
 from ca3d.errors import UserError
+from ca3d.watch.credentials import redact
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, Any]:
@@ -80,7 +81,7 @@ def make_parser(chosen: str = "") -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             parser = getattr(ex, "subcommand_parser", None) or self
             program = parser.prog.replace(" [options]", "")
-            _refuse(program, _in_our_words(message))
+            _refuse(program, redact(_in_our_words(message)))
 
     def new_parser(description: str, examples: Sequence[str] = ()) -> Any:
         epilog = "examples:\n" + "".join(f"  {line}\n" for line in examples) if examples else None

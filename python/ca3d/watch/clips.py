@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from collections import deque
 from fractions import Fraction
@@ -15,10 +16,13 @@ from ca3d.errors import UserError
 from ca3d.files import write_atomically
 from ca3d.watch.events import Event
 
-_PREFIX, _SUFFIX = "ca3d-", ".avi"
-# Before and behind the event, and of a long one the begin.
+# ca3d-DATE-TIME-PROCESS-NUMBER-LABEL.avi: nothing else in the folder is ours to delete.
+_OURS = re.compile(r"ca3d-\d{8}-\d{6}-\d+-\d{4,}-.*\.avi")
+# Before and behind the event, and of a long one the end.
 _MARGIN_SECONDS = 1.0
 _LONGEST_SECONDS = 30.0
+# Clips grow old in front of a quiet camera too.
+_TIDY_SECONDS = 60.0
 
 
 class ClipSaver:
@@ -80,6 +84,8 @@ class ClipSaver:
             picture: uint8 (H, W, 3).
         """
         self._frames.append((seconds, picture))
+        if self._keep_days is not None and time.monotonic() > self._next_tidy:
+            self.tidy()
 
     def save(self, event: Event) -> Path | None:
         """Writes the clip of an event that has ended.
@@ -88,7 +94,8 @@ class ClipSaver:
             event: The event.
 
         Returns:
-            The file, or None when no frame of the event is remembered any more.
+            The file, or None when no frame of the event is remembered any more, or when the clip
+            alone is larger than `max_gb`.
 
         Raises:
             ca3d.errors.UserError: It can't be written.
@@ -104,7 +111,7 @@ class ClipSaver:
         self._saved += 1
         when = time.strftime("%Y%m%d-%H%M%S")
         label = re.sub(r"[^\w-]+", "_", event.label)
-        path = self.folder / f"{_PREFIX}{when}-{os.getpid()}-{self._saved:04d}-{label}{_SUFFIX}"
+        path = self.folder / f"ca3d-{when}-{os.getpid()}-{self._saved:04d}-{label}.avi"
         rate = Fraction(1 / self._period).limit_denominator(1000)
 
         def write(temporary: Path) -> None:
@@ -115,8 +122,7 @@ class ClipSaver:
             write_atomically(path, write)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        self.tidy()
-        return path
+        return None if path in self.tidy() else path
 
     def tidy(self) -> list[Path]:
         """Deletes the clips that are too old or too many, oldest first.
@@ -124,11 +130,14 @@ class ClipSaver:
         Returns:
             The files that were deleted.
         """
+        self._next_tidy = time.monotonic() + _TIDY_SECONDS
         known = []
-        for file in self.folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        for file in self.folder.iterdir():
             try:
-                about = file.stat()
+                about = file.lstat()
             except FileNotFoundError:
+                continue
+            if not _OURS.fullmatch(file.name) or not stat.S_ISREG(about.st_mode):
                 continue
             known.append((about.st_mtime, about.st_size, file))
         known.sort()

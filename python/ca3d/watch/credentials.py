@@ -17,8 +17,13 @@ HIDDEN = "***"
 
 # Up to the last @ of a word: a password may hold one itself.
 _USER_INFO = re.compile(r"(?<=://)[^\s'\"<>]*@")
+# The same of an address whose scheme is missing or mistyped: ann:secret@host, rtsp:/ann:secret@host
+_BARE_USER_INFO = re.compile(r"[^\s'\"<>/:@]+:[^\s'\"<>/]*@(?=[\w\[])")
 # Cameras that take the password in the address: rtsp://host/user=admin&password=secret
-_PARAMETER = re.compile(r"(?i)(\b(?:user|usr|pass|pwd|password|token|auth|key)\w*=)[^&\s'\"/<>]+")
+_PARAMETER = re.compile(
+    r"(?i)((?<=[?&;/])[\w-]*(?:user|usr|pass|pwd|pw|token|auth|key|secret|login)[\w-]*=)"
+    r"[^&\s'\"/<>]+"
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,24 @@ def split_url(url: str) -> tuple[str, Credentials]:
     Returns:
         The address without them, and the credentials, empty where there are none.
 
+    Raises:
+        ca3d.errors.UserError: It is no address; the message does not repeat it.
+
     Example:
         >>> split_url("rtsp://ann:secret@host:554/stream")[0]
         'rtsp://host:554/stream'
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+        fine = "@" not in parts.fragment
+    except ValueError:
+        fine = False
+    if not fine:
+        raise UserError(
+            "the camera's address must be rtsp://HOST:PORT/PATH with a port of at most 65535; a"
+            " password with one of #[]/? in it belongs into --credentials"
+        )
     information, _, host = parts.netloc.rpartition("@")
     user, _, password = information.partition(":")
     bare = urlunsplit((parts.scheme, host, parts.path, parts.query, parts.fragment))
@@ -122,7 +140,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
         >>> redact("refused: 'rtsp://ann:sec@ret@host/a?password=secret'")
         "refused: 'rtsp://***@host/a?password=***'"
     """
-    text = _USER_INFO.sub(f"{HIDDEN}@", text)
+    text = _BARE_USER_INFO.sub(f"{HIDDEN}@", _USER_INFO.sub(f"{HIDDEN}@", text))
     text = _PARAMETER.sub(rf"\g<1>{HIDDEN}", text)
     for secret in secrets:
         for form in {secret, quote(secret, safe=""), quote(secret)}:

@@ -135,14 +135,16 @@ class Feed:
 
     def _hand_on(self, message: Frame | Notice) -> None:
         if isinstance(message, Frame):
-            if self._offset is None:
-                # A camera's clock begins anew with every connection; ours goes on, and what was
-                # before a loss may have been ahead of it.
-                now = time.monotonic() - self._began
+            if self._offset is None or message.time + self._offset < self._reached:
+                # A camera's clock begins anew with every connection, any source's may jump back;
+                # ours goes on, and what was before a loss may have been ahead of it.
+                live = self.request.kind != "file"
+                now = time.monotonic() - self._began if live else 0.0
                 self._offset = max(now, self._reached) - message.time
             message = dataclasses.replace(message, time=message.time + self._offset)
             self._reached = max(self._reached, message.time)
         elif message.kind == "gap":
             start = message.values["start"] + (self._offset or 0.0)
+            start = max(start, self._reached)
             message = dataclasses.replace(message, values={**message.values, "start": start})
         self.buffer.put(message)

@@ -86,4 +86,5 @@ class EventLog:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise UserError(f"--events {self._path}: {error.strerror}") from error
+            where = "standard output" if self._path is None else f"--events {self._path}"
+            raise UserError(f"{where}: {error.strerror}") from error

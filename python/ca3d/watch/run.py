@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ca3d import weights
 from ca3d.data.background import background_index
+from ca3d.data.view import View
 from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
 from ca3d.watch.calibration import Calibration
@@ -47,6 +48,10 @@ def watch(config: WatchConfig) -> None:
     requests = find_sources(
         config, view, info.size, info.resize, info.stride, info.frames_per_second
     )
+    if config.events is not None:
+        events = Path(config.events).resolve()
+        if any(r.kind == "file" and Path(r.address).resolve() == events for r in requests):
+            raise UserError(f"--events {config.events}: is a video to watch")
     calibration = Calibration.of_extra(info.extra, len(info.classes))
     if config.threshold is not None:
         thresholds = (config.threshold,) * len(info.classes)
@@ -67,9 +72,12 @@ def watch(config: WatchConfig) -> None:
             silence = max(20.0, 2 * config.timeout)
             with Feed(request, capacity, config.attempts, silence=silence) as feed:
                 watcher = Watcher(feed, classifier, detector, log, display, clips, config.stats)
-                watcher.run()
                 statistics = watcher.statistics
-            display.note(f"{request.name}: {statistics.line()}")
+                try:
+                    watcher.run()
+                finally:
+                    # A camera ends by a signal only.
+                    display.note(f"{request.name}: {statistics.line()}")
             if not watcher.failure and not statistics.windows:
                 display.note(
                     f"{request.name}: too short for a window of {info.frames} frames"
@@ -122,8 +130,9 @@ def introduction(
         lines.append(
             "warning: the model has no class 'background': it will find an activity in anything"
         )
-    if view != info.view:
-        lines.append(f"warning: the model was trained with view {info.view}, not {view}")
+    trained, seen = View.parse(info.view), View.parse(view)
+    if seen != trained:
+        lines.append(f"warning: the model was trained with view {trained}, not {seen}")
     network = "the camera only" if request.kind == "rtsp" else "none"
     saved = f"clips of events in {config.save_clips}" if config.save_clips else "no pictures"
     lines.append(f"network: {network}; saved: {saved}")

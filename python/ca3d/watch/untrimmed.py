@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ca3d.data.background import background_index
+from ca3d.data.samples import SPLITS
 from ca3d.errors import UserError
 from ca3d.evaluate import results_folder, weights_file
 from ca3d.predict import find_videos
@@ -129,6 +130,9 @@ class UntrimmedResult:
         write_json(folder / "untrimmed.json", self.to_dict())
         if self.events:
             write_csv(folder / "events.csv", self.events)
+        else:
+            # Those of an earlier evaluation would stand beside these figures.
+            (folder / "events.csv").unlink(missing_ok=True)
 
 
 def evaluate_untrimmed(config: EvalConfig) -> UntrimmedResult:
@@ -157,7 +161,13 @@ def evaluate_untrimmed(config: EvalConfig) -> UntrimmedResult:
     calibration = Calibration.of_extra(info.extra, len(info.classes))
     root = Path(config.data)
     annotations = read_annotations(root / ANNOTATIONS, info.classes)
-    folder = root / config.split if (root / config.split).is_dir() else root
+    for path in annotations:
+        if not path.is_file():
+            raise UserError(f"{root / ANNOTATIONS}: {path} is not there; paths count from {root}")
+    divided = [name for name in SPLITS if (root / name).is_dir()]
+    if divided and config.split not in divided:
+        raise UserError(f"{root}: has no split {config.split}, only {', '.join(divided)}")
+    folder = root / config.split if divided else root
     videos: list[VideoEvents] = []
     rows: list[dict[str, Any]] = []
     broken: list[str] = []
@@ -250,8 +260,14 @@ def read_annotations(file: Path, classes: Iterable[str]) -> dict[Path, list[Anno
         if label not in names or (background is not None and label == names[background]):
             raise UserError(f"{where}: the model has no class {label!r}")
         try:
-            annotation = Annotation(label, float(row["start"]), float(row["end"]))
+            start, end = float(row["start"]), float(row["end"])
         except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: start and end must be seconds, not {row['start']} and {row['end']}"
+            ) from error
+        try:
+            annotation = Annotation(label, start, end)
+        except ValueError as error:
             raise UserError(f"{where}: {error}") from error
         found.setdefault((file.parent / row["path"].strip()).resolve(), []).append(annotation)
     return {path: sorted(events, key=lambda a: a.start) for path, events in found.items()}

@@ -60,6 +60,7 @@ class Watcher:
         self._told_slow = False
         self._next_statistics = self._next_memory = 0.0
         self._dropped = 0
+        self._counted: dict[str, int] = {}
 
     def run(self) -> None:
         """Watches until the source ends."""
@@ -78,7 +79,9 @@ class Watcher:
                 if isinstance(item, Frame):
                     self._frame(item)
                 elif item.kind in ("damaged", "skipped"):
-                    setattr(self.statistics, item.kind, item.values["count"])
+                    # Every connection counts from 0.
+                    before = self._counted.get(item.kind, 0)
+                    setattr(self.statistics, item.kind, before + item.values["count"])
                 elif item.kind in handlers:
                     handlers[item.kind](item)
                 self._count()
@@ -146,7 +149,9 @@ class Watcher:
         self.statistics.gaps += 1
         start, seconds = notice.values["start"], notice.values["seconds"]
         dropped = notice.values.get("dropped")
-        if dropped is None:
+        if dropped is None and seconds < 0:
+            text = f"{clock(start)}  the clock jumped back by {-seconds:.2f} s: a new window"
+        elif dropped is None:
             text = f"{clock(start)}  no frames for {seconds:.2f} s: the window begins anew"
         else:
             text = f"{clock(start)}  {dropped} frames dropped, the model is late: a new window"
@@ -158,6 +163,8 @@ class Watcher:
     def _lost(self, notice: Notice) -> None:
         wait = notice.values.get("wait", 0.0)
         self.statistics.restarts += 1
+        for kind in ("damaged", "skipped"):
+            self._counted[kind] = getattr(self.statistics, kind)
         again = f"; again in {wait:g} s" if wait else "; a new one is started"
         self.display.note(f"{notice.text}{again}")
         self._void()

@@ -78,6 +78,7 @@ def test_what_is_missing_is_named(monkeypatch):
         ({"runtimes": "tflite"}, "--runtimes must be of torch, onnx, executorch, not 'tflite'"),
         ({"precisions": "int4"}, "--precisions must be of float32, float16, int8, not 'int4'"),
         ({"strides": "1,x"}, "--strides must be numbers of at least 1"),
+        ({"strides": "1,17"}, "--strides must be at most a clip's 16 frames: '1,17'"),
         ({"threads": "0"}, "--threads must be numbers of at least 1"),
         ({"rounds": 0}, "--rounds must be at least 1, not 0"),
     ],

@@ -17,24 +17,39 @@ def old(folder, name, days, size=1000):
     return file
 
 
+def ours(number):
+    return f"ca3d-20200101-120000-77-{number:04d}-fall.avi"
+
+
 def test_old_clips_go_and_other_files_stay(tmp_path):
-    other = old(tmp_path, "holiday.avi", 400)
-    gone = old(tmp_path, "ca3d-1-fall.avi", 8)
-    kept = old(tmp_path, "ca3d-2-fall.avi", 6)
+    others = [old(tmp_path, name, 400) for name in ("holiday.avi", "ca3d-holiday.avi")]
+    (tmp_path / ours(3)).mkdir()
+    os.utime(tmp_path / ours(3), (0, 0))
+    gone = old(tmp_path, ours(1), 8)
+    kept = old(tmp_path, ours(2), 6)
     ClipSaver(tmp_path, keep_days=7)
-    assert other.exists()
+    assert all(other.exists() for other in [*others, tmp_path / ours(3)])
     assert kept.exists()
     assert not gone.exists()
 
 
 def test_the_oldest_go_first_when_there_is_no_room(tmp_path):
-    files = [old(tmp_path, f"ca3d-{i}-fall.avi", 10 - i, 40_000) for i in range(5)]
+    files = [old(tmp_path, ours(i), 10 - i, 40_000) for i in range(5)]
     ClipSaver(tmp_path, max_gb=0.0001)
     assert [file.exists() for file in files] == [False, False, False, True, True]
 
 
+def test_a_clip_that_is_too_large_alone_is_not_named(tmp_path):
+    saver = ClipSaver(tmp_path, max_gb=1e-9)
+    saver.begin(period=0.1)
+    for number in range(30):
+        saver.add(0.1 * number, np.zeros((32, 32, 3), dtype=np.uint8))
+    assert saver.save(Event("fall", 1.0, 2.0, 0.9, 1.5)) is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_bounds_nothing_is_deleted(tmp_path):
-    file = old(tmp_path, "ca3d-1-fall.avi", 4000)
+    file = old(tmp_path, ours(1), 4000)
     assert ClipSaver(tmp_path).tidy() == []
     assert file.exists()
 

@@ -15,6 +15,8 @@ from ca3d.watch.request import Request
         "rtsp://camera/a?PWD=S3cr3t",
         "RTSPS://ann:S3cr3t@camera/a: no answer",
         "plain text with S3cr3t in it",
+        "rtsp://camera/a?access_token=S3cr3t&b=1",
+        "rtsp://camera/a?pw=S3cr3t",
     ],
 )
 def test_redacted(text):
@@ -22,6 +24,33 @@ def test_redacted(text):
     assert "S3cr3t" not in hidden
     assert "***" in hidden
     assert redact(hidden, ["S3cr3t"]) == hidden
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ann:S3cr3t@camera/a: no such file",
+        "rtsp:/ann:S3cr3t@camera/a: no such file",
+        "unrecognized arguments: rtsp://ann:S3cr3t@camera/a",
+    ],
+)
+def test_redacted_without_knowing_the_password(text):
+    assert "S3cr3t" not in redact(text)
+
+
+@pytest.mark.parametrize(
+    "address", ["ann:S3cr3t[x@camera:1/a", "ann:S3cr3t#x@camera/a", "ann:12#S3cr3t@camera/a",
+                "camera:99999/a", "camera:S3cr3t/a"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused_without_quoting_it(address):
+    with pytest.raises(UserError, match="belongs into --credentials") as refused:
+        split_url(f"rtsp://{address}")
+    assert "S3cr3t" not in str(refused.value)
+
+
+def test_options_and_times_are_no_secrets():
+    text = "file.yaml, line 3: keys=published at 12:30 is not allowed; mail ann@example.org"
+    assert redact(text) == text
 
 
 def test_what_is_no_secret_stays():

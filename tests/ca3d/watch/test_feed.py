@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,24 @@ def test_frames_cross_the_process_boundary_unchanged(clip_file):
     with Feed(request(clip_file)) as feed:
         there = [item.pixels for item in feed if isinstance(item, Frame)]
     assert np.array_equal(np.stack(here), np.stack(there))
+
+
+@pytest.mark.parametrize("kind", ["file", "rtsp"])
+def test_time_goes_on_when_the_clock_of_a_source_jumps_back(kind):
+    feed = Feed(request("a", kind=kind))
+    feed._began, feed._offset = time.monotonic(), 0.0 if kind == "file" else None
+    frame = Frame(0.0, 0.0, np.zeros((2, 2, 3), dtype=np.uint8))
+    for seconds in (5.0, 5.1, 0.5, 0.6):
+        if seconds == 0.5:
+            feed._hand_on(Notice("gap", values={"start": 5.1, "seconds": -4.6}))
+        feed._hand_on(replace(frame, time=seconds))
+    items = [feed.buffer.get() for _ in range(5)]
+    times = [item.time for item in items if isinstance(item, Frame)]
+    assert times == sorted(times)
+    assert times[1] - times[0] == pytest.approx(0.1)
+    assert times[3] - times[2] == pytest.approx(0.1)
+    (gap,) = (item for item in items if isinstance(item, Notice) and item.kind == "gap")
+    assert gap.values["start"] >= times[1]
 
 
 def test_a_decoder_that_is_killed_is_replaced(tmp_path):

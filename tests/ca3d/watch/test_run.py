@@ -84,6 +84,10 @@ def test_the_events_file_is_private_and_not_overwritten(capsys, sure, clip_file,
     assert file.read_text() == first
     assert run(capsys, *arguments, "--force")[0] == 0
     assert file.read_text() == first
+    video = clip_file.read_bytes()
+    status, _, err = run(capsys, *arguments[:3], "--events", clip_file, "--force")
+    assert (status, "is a video to watch" in err) == (1, True)
+    assert clip_file.read_bytes() == video
 
 
 def test_a_folder_is_watched_file_by_file(capsys, sure, tmp_path):
@@ -128,6 +132,9 @@ def test_another_view_than_in_training_is_warned_of(capsys, tmp_path, clip_file)
     err = run(capsys, clip_file, "--weights", model, "--view", "roi 0,8,16,16")[2]
     assert "warning: the model was trained with view letterbox, not roi 0,8,16,16" in err
     assert "the model sees 16x16 at (0, 8)" in err
+    model = save_model(tmp_path / "roi.safetensors", view="roi:0,8,16,16")
+    err = run(capsys, clip_file, "--weights", model, "--view", "roi 0,8,16,16")[2]
+    assert "warning: the model was trained with view" not in err
 
 
 @pytest.mark.parametrize(
@@ -136,6 +143,9 @@ def test_another_view_than_in_training_is_warned_of(capsys, tmp_path, clip_file)
         ("missing.mp4", "no such file"),
         ("http://camera/a", "only rtsp"),
         (f"https://ann:{SECRET}@camera/a", "only rtsp"),
+        (f"rtsp:/ann:{SECRET}@camera/a", "no such file"),
+        (f"ann:{SECRET}@camera/a", "no such file"),
+        (f"rtsp://ann:{SECRET}[x@127.0.0.1:1/a", "belongs into --credentials"),
         ("rtsp:///a", "names no camera"),
         ("concat:a.avi|b.avi", "no such file"),
     ],

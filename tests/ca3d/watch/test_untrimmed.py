@@ -189,7 +189,10 @@ def test_eval_finds_what_watch_finds(capsys, made, tmp_path, long_model):
         ("path,label\na,b\n", "first line must be"),
         ("path,label,start,end\na.avi,sleep,0,1\n", "line 2: the model has no class 'sleep'"),
         ("path,label,start,end\na.avi,down,1,1\n", "line 2: start 1.0 and end 1.0"),
-        ("path,label,start,end\na.avi,down,x,1\n", "line 2: could not convert"),
+        (
+            "path,label,start,end\na.avi,down,x,1\n",
+            "line 2: start and end must be seconds",
+        ),
     ],
 )
 def test_bad_annotations(tmp_path, text, said):
@@ -197,6 +200,21 @@ def test_bad_annotations(tmp_path, text, said):
     file.write_text(text)
     with pytest.raises(UserError, match=said):
         untrimmed.read_annotations(file, ["background", "down"])
+
+
+def test_annotations_that_fit_no_video_are_refused(tmp_path):
+    (tmp_path / "annotations.csv").write_text("path,label,start,end\n0000.avi,down,1,2\n")
+    model = save_model(tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"0000.avi is not there; paths count from"):
+        untrimmed.evaluate_untrimmed(EvalConfig(str(model), str(tmp_path)))
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "annotations.csv").write_text("path,label,start,end\n")
+    (tmp_path / "val").mkdir()
+    model = save_model(tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="has no split test, only val"):
+        untrimmed.evaluate_untrimmed(EvalConfig(str(model), str(tmp_path)))
 
 
 def test_annotations_of_background_are_left_out(tmp_path):
