@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -80,6 +80,17 @@ class EvalConfig(SplitOptions):
             raise UserError(f"--leave must be above 0 and at most 1, not {self.leave}")
         if not 0 <= self.min_duration < math.inf:
             raise UserError(f"--min-duration must be at least 0, not {self.min_duration}")
+        if self.untrimmed:
+            self._check_untrimmed()
+
+    def _check_untrimmed(self) -> None:
+        """Raises `UserError` for an option that says nothing of long videos."""
+        defaults = {option.name: option.default for option in fields(self)}
+        own = [option.name for option in fields(SplitOptions)]
+        for name in (*own, "list_file", "clips", "crops", "average"):
+            if getattr(self, name) != defaults[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {getattr(self, name)} has no meaning with --untrimmed")
 
 
 @dataclass

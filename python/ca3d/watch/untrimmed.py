@@ -165,9 +165,9 @@ def evaluate_untrimmed(config: EvalConfig) -> UntrimmedResult:
         if not path.is_file():
             raise UserError(f"{root / ANNOTATIONS}: {path} is not there; paths count from {root}")
     divided = [name for name in SPLITS if (root / name).is_dir()]
-    if divided and config.split not in divided:
+    if divided and config.split not in (*divided, "all"):
         raise UserError(f"{root}: has no split {config.split}, only {', '.join(divided)}")
-    folder = root / config.split if divided else root
+    folder = root / config.split if config.split in divided else root
     videos: list[VideoEvents] = []
     rows: list[dict[str, Any]] = []
     broken: list[str] = []

@@ -217,6 +217,26 @@ def test_a_split_that_is_not_there_is_refused(tmp_path):
         untrimmed.evaluate_untrimmed(EvalConfig(str(model), str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clips": 3}, "--clips 3"),
+        ({"list_file": "a.csv"}, "--list-file a.csv"),
+        ({"protocol": "published"}, "--protocol published"),
+        ({"fold": 2}, "--fold 2"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(options, said):
+    with pytest.raises(UserError, match=f"{said} has no meaning with --untrimmed"):
+        EvalConfig("model", "videos", untrimmed=True, **options).validate()
+
+
+def test_all_splits_are_watched_on_request(made, long_model):
+    one = untrimmed.evaluate_untrimmed(EvalConfig(str(long_model), str(made)))
+    every = untrimmed.evaluate_untrimmed(EvalConfig(str(long_model), str(made), split="all"))
+    assert every.hours == one.hours  # there are test videos only
+
+
 def test_annotations_of_background_are_left_out(tmp_path):
     file = tmp_path / "annotations.csv"
     file.write_text("path,label,start,end\na.avi,down,5,6\na.avi,Background,1,2\na.avi,down,1,2\n")
