@@ -5,8 +5,10 @@ usual case, nothing here communicates and torch.distributed isn't touched.
 """
 
 import contextlib
+import ctypes
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ T = TypeVar("T")
 
 # The first process may be measuring a data set on a slow disk while the others wait for it.
 _TIMEOUT = timedelta(hours=2)
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -169,6 +172,16 @@ class World:
             flags.copy_(numbers.bool())
 
 
+def _end_with_torchrun() -> None:
+    """Has Linux end this process when torchrun is killed, which can't end its workers then.
+
+    They would wait for one another up to the timeout, and keep the run folder from being resumed.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+        prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
+
+
 @contextlib.contextmanager
 def connect(device: torch.device, ordered: bool = False) -> Iterator[World]:
     """Joins the processes that torchrun started; a process of its own is a world of one.
@@ -198,6 +211,7 @@ def connect(device: torch.device, ordered: bool = False) -> Iterator[World]:
             f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start the processes with"
             " torchrun"
         )
+    _end_with_torchrun()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -261,6 +261,35 @@ def torchrun(options: dict[str, Any], kill: list[str], log: Path) -> int:
 
 
 @pytest.mark.slow
+def test_workers_end_with_a_killed_torchrun_and_the_run_goes_on(tmp_path: Path) -> None:
+    bars = make_folder(tmp_path / "bars")
+    options = {**TINY, "epochs": 4, "checkpoint_steps": 1, "log_steps": 1, "resume": "auto"}
+    options = {**options, "data": str(bars), "out": str(tmp_path / "run"), "progress": "plain"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    log = tmp_path / "killed.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "-m", "ca3d", "train", *flags(options)],
+            env=ENVIRONMENT,
+            stdout=file,
+            stderr=file,
+        )
+        while log.read_text().count("  batch ") < 2:
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+    workers = [child for child in children(process.pid) if rank_of(child) is not None]
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(rank_of(worker) is not None for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert torchrun(options, [], tmp_path / "resumed.log") == 0
+    assert "resumed at epoch" in (tmp_path / "resumed.log").read_text()
+
+
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_by_torchrun(tmp_path: Path) -> None:
     bars = make_folder(tmp_path / "bars")
     options = {**TINY, "epochs": 4, "sync_bn": True, "checkpoint_steps": 1, "log_steps": 1}
