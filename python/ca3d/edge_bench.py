@@ -25,7 +25,7 @@ from ca3d import models, streaming, weights
 from ca3d.errors import UserError
 from ca3d.export.options import ExportConfig
 from ca3d.export.run import interleaved
-from ca3d.files import write_atomically
+from ca3d.files import check_free, write_atomically
 from ca3d.models.options import CA3DOptions
 from ca3d.options import option
 
@@ -86,8 +86,8 @@ class BenchConfig:
         for name in ("size", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.json is not None and Path(self.json).exists() and not self.force:
-            raise UserError(f"{self.json} is there already; --force replaces it")
+        if self.json is not None:
+            check_free(self.json, force=self.force, flag="--json")
 
 
 @dataclass(frozen=True)

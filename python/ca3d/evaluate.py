@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ca3d.data.split_options import SplitOptions
 from ca3d.errors import UserError
+from ca3d.files import check_free
 from ca3d.options import option
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from ca3d.training.loader import ClipDataset
     from ca3d.training.scoring import Scores
     from ca3d.weights import ModelInfo
+
+#: What `EvalResult.save` writes.
+_FILES = ("results.json", "predictions.csv", "confusion.csv", "confusion.png")
 
 
 @dataclass
@@ -61,6 +66,7 @@ class EvalConfig(SplitOptions):
     out: str | None = option(
         None, "Folder for figures, confusion matrix and predictions", "Results"
     )
+    force: bool = option(False, "Replace an earlier evaluation in that folder", "Results")
     json: bool = option(False, "Print the figures as JSON", "Results")
     batch_size: int = option(8, "Videos in a batch", "Run")
     workers: int | None = option(None, "Processes that read videos (0: none)", "Run")
@@ -198,7 +204,8 @@ def evaluate(config: EvalConfig) -> EvalResult:
         The figures; also saved when `config.out` is set.
 
     Raises:
-        ca3d.errors.UserError: The weights or data can't be used, or none of the videos be read.
+        ca3d.errors.UserError: The weights or data can't be used, none of the videos be read, or
+            `config.out` not be written to or only with `config.force`.
 
     Example:
         >>> evaluate(EvalConfig("missing.safetensors", "videos"))
@@ -207,6 +214,8 @@ def evaluate(config: EvalConfig) -> EvalResult:
     """
     from ca3d.training.distributed import is_first
 
+    if config.out is not None:
+        results_folder(config.out, _FILES, force=config.force)
     scored = score_split(config)
     result = EvalResult.of_scores(
         scored.scores,
@@ -378,14 +387,16 @@ def weights_file(path: str | Path) -> Path:
     return path
 
 
-def results_folder(path: str | Path) -> Path:
+def results_folder(path: str | Path, files: Iterable[str] = (), force: bool = False) -> Path:
     """Makes a folder for results where there is none.
 
     Args:
         path: The folder.
+        files: Names of what is going to be written into it.
+        force: Whether files of these names may be replaced.
 
     Raises:
-        ca3d.errors.UserError: The folder can't be made.
+        ca3d.errors.UserError: The folder can't be made, or holds one of the files.
 
     Example:
         >>> results_folder("/dev/null/results")
@@ -397,4 +408,5 @@ def results_folder(path: str | Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot use {path} for the results: {error.strerror}") from error
+    check_free(*(path / name for name in files), force=force, flag="--out")
     return path

@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a full disk never leaves half of one."""
+"""Writing files so that a crash or a full disk never leaves half of one, and none is lost."""
 
 import contextlib
 import os
@@ -6,7 +6,34 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+from ca3d.errors import UserError
+
+__all__ = ["check_free", "write_atomically"]
+
+
+def check_free(*paths: str | Path, force: bool, flag: str = "") -> None:
+    """Raises `UserError` for a file that is there and must not be replaced.
+
+    Args:
+        *paths: The files that are going to be written.
+        force: What the user's `--force` says.
+        flag: The option that names them, such as "--json".
+
+    Raises:
+        ca3d.errors.UserError: One of them is there, and `force` is not set.
+
+    Example:
+        >>> check_free("/dev/null", "/nothing/here", force=False, flag="--json")
+        Traceback (most recent call last):
+        ca3d.errors.UserError: --json /dev/null: exists already; --force replaces it
+        >>> check_free("/dev/null", force=True)
+    """
+    there = [str(path) for path in paths if Path(path).exists()]
+    if there and not force:
+        them = "it" if len(there) == 1 else "them"
+        named = f"{flag} {', '.join(there)}".strip()
+        verb = "exists" if len(there) == 1 else "exist"
+        raise UserError(f"{named}: {verb} already; --force replaces {them}")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ca3d import models, precision
 from ca3d.errors import UserError
+from ca3d.files import check_free
 from ca3d.models import engine
 from ca3d.options import option
 from ca3d.training.device import choose_device
@@ -65,6 +66,7 @@ class FootprintConfig:
     threads: int | None = option(None, "Threads (default: torch's)")
     device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)")
     json: str | None = option(None, "File to write the rows to")
+    force: bool = option(False, "Replace that file if it is there")
 
     def validate(self) -> None:
         """Raises a `ca3d.errors.UserError` for an option that is not allowed."""
@@ -75,6 +77,8 @@ class FootprintConfig:
                 raise UserError(f"--{name} must be at least {least}, not {value}")
         if self.json is not None and not Path(self.json).absolute().parent.is_dir():
             raise UserError(f"--json {self.json}: no such folder")
+        if self.json is not None:
+            check_free(self.json, force=self.force, flag="--json")
         known = models.names()
         for spec in _specs(self.models):
             name, _ = _name_and_options(spec)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ca3d.cli.output import as_json, log_warnings
 from ca3d.errors import UserError
+from ca3d.files import check_free
 
 if TYPE_CHECKING:
     from ca3d.cli.options import ConvertConfig, PredictConfig
@@ -138,6 +140,8 @@ def predict(config: PredictConfig) -> int:
         config.weights, None if config.device == "auto" else config.device, config.runtime
     )
     single = not Path(config.path).is_dir()
+    pictures = _picture_paths(config, videos, single)
+    check_free(*pictures.values(), force=config.force, flag="--picture")
     found: list[Prediction] = []
     for video in videos:
         try:
@@ -154,8 +158,8 @@ def predict(config: PredictConfig) -> int:
             print(f"left out: {error}", file=sys.stderr)
             continue
         found.append(prediction)
-        if config.picture is not None:
-            prediction.save_picture(_picture_path(config, prediction.path, single))
+        if video in pictures:
+            prediction.save_picture(pictures[video])
         if not config.json:
             _print_prediction(prediction, windows=config.windows or single)
     if config.json:
@@ -199,6 +203,7 @@ def convert(config: ConvertConfig) -> None:
 
     if not Path(config.input).is_file():
         raise UserError(f"{config.input}: no such file")
+    check_free(config.out, force=config.force, flag="--out")
     info = run(
         config.input,
         config.out,
@@ -276,17 +281,24 @@ def _print_prediction(prediction: Prediction, windows: bool) -> None:
     Console(width=width).print(table)
 
 
-def _picture_path(config: PredictConfig, video: Path, single: bool) -> Path:
-    assert config.picture is not None
-    picture = Path(config.picture)
+def _picture_paths(config: PredictConfig, videos: list[Path], single: bool) -> dict[Path, Path]:
+    """Where the picture of each video goes; makes the folders."""
+    if config.picture is None:
+        return {}
     if single:
-        return picture
-    picture = picture / video.relative_to(config.path).with_suffix(".png")
-    try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {picture.parent}: {error.strerror}") from error
-    return picture
+        return {videos[0]: Path(config.picture)}
+    stems = Counter(video.with_suffix("") for video in videos)
+    pictures = {}
+    for video in videos:
+        # Of a.avi and a.mp4 both become a picture.
+        name = f"{video.name}.png" if stems[video.with_suffix("")] > 1 else f"{video.stem}.png"
+        picture = Path(config.picture) / video.relative_to(config.path).with_name(name)
+        try:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {picture.parent}: {error.strerror}") from error
+        pictures[video] = picture
+    return pictures
 
 
 def _class_names(value: str | None) -> tuple[str, ...] | None:

@@ -35,6 +35,7 @@ class PredictConfig:
     picture: str | None = option(
         None, "PNG of frames above the label timeline; for a folder of videos, a folder", "Answer"
     )
+    force: bool = option(False, "Replace pictures that are there", "Answer")
     batch_size: int = option(8, "Windows computed at once", "Run")
     runtime: Literal["torch", "onnx"] = option("torch", "What computes the model", "Run")
     device: str = option("auto", "cpu, cuda, cuda:1 ... (auto: cuda when there is one)", "Run")
@@ -52,6 +53,7 @@ class ConvertConfig:
 
     input: str = option("", "Published weights or training checkpoint (.pt)", positional=True)
     out: str = option("", "Weights file to write (.safetensors)")
+    force: bool = option(False, "Replace that file if it is there")
     classes: str | None = option(
         None, "Class names in order: a text file of one a line, or names separated by commas"
     )

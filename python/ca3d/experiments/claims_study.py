@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,8 @@ __all__ = ["CLAIMS", "Claim", "ClaimsConfig", "plan_of", "run", "verdict"]
 
 _MODEL = "ca3d_variant"
 _COST = "attention-cost"
+#: Learning rates of which every variant takes the best on validation.
+RATES = (0.03, 0.1)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Claim:
         variants: Options of the model by name, the claimed one first.
         data: What differs from the data of the scale.
         recipe: What differs from the recipe of the scale.
+        rates: Learning rates of which each variant takes the best on validation; a single one is
+            taken by all.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Claim:
     variants: Mapping[str, Mapping[str, Any]]
     data: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    rates: Sequence[float] = RATES
 
 
 _MOCAP = {"name": "mocap30"}
@@ -87,6 +92,9 @@ CLAIMS = (
         },
         data={**_LONG, "frames": 64, "step": 1},
         recipe=_LONGER,
+        # All four kinds chose it at 32 frames, at the tiny scale; to choose again would cost two
+        # CPU-hours.
+        rates=(0.03,),
     ),
     Claim(
         "space-time",
@@ -170,7 +178,6 @@ SCALES: Mapping[str, Scale] = {
         },
     ),
 }
-RATES = (0.03, 0.1)
 
 
 @dataclass
@@ -219,7 +226,7 @@ def plan_of(claim: Claim, config: ClaimsConfig) -> Plan:
         regimes=["float32"],
         seeds=range(config.seeds),
         recipe={**scale.recipe, **claim.recipe},
-        rates=RATES,
+        rates=claim.rates,
     )
 
 
@@ -323,9 +330,11 @@ def _lines(
         summary.append([name, claim.statement, percent(ours), verdict(claim, found)])
         details += ["", f"## {name}: {claim.statement}", ""]
         data = plan.data
+        rates = ", ".join(map(str, claim.rates))
+        chosen = "" if len(claim.rates) == 1 else "chosen for each variant on validation from "
         details += [
             f"{data['name']}, {data['frames']}x{data['size']}x{data['size']}, float32; learning"
-            f" rate chosen for each variant from {', '.join(map(str, RATES))} on validation.",
+            f" rate {chosen}{rates}.",
             "",
             *comparison(found),
         ]

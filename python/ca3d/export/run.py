@@ -21,7 +21,7 @@ from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
 from ca3d.export import STREAM_FILES, file_name
 from ca3d.export.options import ExportConfig
-from ca3d.files import write_atomically
+from ca3d.files import check_free, write_atomically
 from ca3d.models.model import CA3D
 
 __all__ = ["Comparison", "Export", "export", "interleaved"]
@@ -218,9 +218,7 @@ def _refuse(config: ExportConfig, info: weights.ModelInfo, model: nn.Module) -> 
 def _prepare_folder(config: ExportConfig, parts: list[str]) -> Path:
     folder = Path(config.out)
     names = [*(file_name(part, config.format) for part in parts), "export.json"]
-    there = [name for name in names if (folder / name).exists()]
-    if there and not config.force:
-        raise UserError(f"{folder} holds {', '.join(there)} already; --force replaces them")
+    check_free(*(folder / name for name in names), force=config.force)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,10 +15,14 @@ from ca3d.data.samples import load_info
 from ca3d.errors import UserError
 from ca3d.evaluate import EvalConfig, score_split, weights_file
 from ca3d.options import option
-from ca3d.watch.calibration import Calibration, calibration_error, fit
+from ca3d.watch.calibration import TEMPERATURES, Calibration, calibration_error, fit
 
 # Log-probabilities stand for logits; below this they say no more than "impossible".
 _LEAST_PROBABILITY = 1e-30
+_AT_THE_LIMITS = (
+    "the lowest that is tried: it is right about each of these videos",
+    "the highest that is tried: its probabilities say next to nothing about these videos",
+)
 
 
 @dataclass
@@ -72,9 +77,14 @@ class CalibrateResult:
             f"{name} {value:.2f}"
             for name, value in zip(self.classes, self.calibration.thresholds, strict=True)
         )
+        temperature = self.calibration.temperature
+        limit = ""
+        for end, what in zip(TEMPERATURES, _AT_THE_LIMITS, strict=True):
+            if math.isclose(temperature, end, rel_tol=1e-3):
+                limit = f" ({what})"
         return (
             f"{self.videos} videos of {self.calibration.measured_on}\n"
-            f"temperature {self.calibration.temperature:.3f}: expected calibration error"
+            f"temperature {temperature:.3f}{limit}: expected calibration error"
             f" {100 * self.error_before:.1f} % without it, {100 * self.error_after:.1f} % with it"
             f" (on the same videos)\nthresholds: {thresholds}"
         )

@@ -13,6 +13,8 @@ from torch import Tensor
 from ca3d.errors import UserError
 
 DEFAULT_THRESHOLD = 0.5
+#: The lowest and the highest temperature that `fit` tries.
+TEMPERATURES = (0.05, 20.0)
 _KEY = "calibration"
 _BINS = 15
 
@@ -98,9 +100,9 @@ def fit(logits: Tensor, labels: Tensor, measured_on: str = "") -> Calibration:
     """Chooses temperature and thresholds on data that the model was not trained on.
 
     The temperature is that of the least cross-entropy (Guo et al., On Calibration of Modern Neural
-    Networks, 2017). A class's threshold is the one with the best F1 of telling its clips from all
-    others, the middle among equally good ones; but at least 1/2: what is less likely than all the
-    rest together is not reported.
+    Networks, 2017) within `TEMPERATURES`. A class's threshold is the one with the best F1 of
+    telling its clips from all others, the middle among equally good ones; but at least 1/2: what is
+    less likely than all the rest together is not reported.
 
     Args:
         logits: (samples, classes).
@@ -164,7 +166,7 @@ def _best_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(log_temperature: float) -> float:
         return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
 
-    low, high = math.log(0.05), math.log(20.0)
+    low, high = map(math.log, TEMPERATURES)
     ratio = (math.sqrt(5) - 1) / 2
     inner, outer = high - ratio * (high - low), low + ratio * (high - low)
     at_inner, at_outer = loss(inner), loss(outer)

@@ -6,10 +6,10 @@ import datetime
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any, TextIO
 
 from ca3d.errors import UserError
+from ca3d.files import check_free
 from ca3d.watch.events import Event
 
 
@@ -36,8 +36,7 @@ class EventLog:
         self._path, self._announce = path, announce
         self._file: TextIO | None = None
         if path is not None:
-            if Path(path).exists() and not force:
-                raise UserError(f"--events {path}: exists already; --force replaces it")
+            check_free(path, force=force, flag="--events")
             how = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
             try:
                 self._file = os.fdopen(os.open(path, how, 0o600), "w", encoding="utf-8")

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 ANNOTATIONS = "annotations.csv"
 OVERLAPS = (0.3, 0.5, 0.7)
+#: What `UntrimmedResult.save` writes.
+_FILES = ("untrimmed.json", "events.csv")
 
 
 @dataclass
@@ -147,7 +149,8 @@ def evaluate_untrimmed(config: EvalConfig) -> UntrimmedResult:
         The figures; also saved when `config.out` is set.
 
     Raises:
-        ca3d.errors.UserError: The weights or data can't be used, or none of the videos be read.
+        ca3d.errors.UserError: The weights or data can't be used, none of the videos be read, or
+            `config.out` not be written to or only with `config.force`.
 
     Example:
         >>> from ca3d.evaluate import EvalConfig
@@ -156,6 +159,8 @@ def evaluate_untrimmed(config: EvalConfig) -> UntrimmedResult:
         ca3d.errors.UserError: missing.safetensors: no such file
     """
     config.validate()
+    if config.out is not None:
+        results_folder(config.out, _FILES, force=config.force)
     classifier = Classifier.from_file(config.weights, config.step, config.device)
     info = classifier.info
     calibration = Calibration.of_extra(info.extra, len(info.classes))

@@ -34,7 +34,7 @@ def test_rows_of_torch(tmp_path, capsys):
     assert "ca3d_tiny torch float32, stream by 2" in printed.out
     assert "nobody: no model of this name here" in printed.err
     assert main(["bench", "edge", *words]) == 1
-    assert "is there already; --force replaces it" in capsys.readouterr().err
+    assert "exists already; --force replaces it" in capsys.readouterr().err
 
 
 def test_candidates_compute_the_same_window(tmp_path):

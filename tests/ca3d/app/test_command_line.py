@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,12 @@ def test_eval(
         matrix = list(csv.DictReader(file))
     assert sum(int(row[row["true"]]) for row in matrix) == right
     assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    (out / "results.json").write_text("mine")
+    assert main(["eval", str(trained), str(bars), "--out", str(out)]) == 1
+    assert f"--out {out / 'results.json'}, " in capsys.readouterr().err
+    assert (out / "results.json").read_text() == "mine"
+    assert main(["eval", str(trained), str(bars), "--out", str(out), "--force"]) == 0
+    assert json.loads((out / "results.json").read_text()) == ours
 
 
 def test_eval_of_many_views_as_json(
@@ -196,6 +203,13 @@ def test_predict_a_file(
     assert "up" in text
     assert "%" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.write_text("mine")
+    assert main([*words, "--picture", str(picture)]) == 1
+    assert f"--picture {picture}: exists already" in capsys.readouterr().err
+    assert picture.read_text() == "mine"
+    assert main([*words, "--picture", str(picture), "--force"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
     assert main([*words, "--json", "--top-k", "1"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["path"] == video
@@ -208,14 +222,16 @@ def test_predict_a_folder_leaves_out_what_is_broken(
 ) -> None:
     folder = make_folder(tmp_path / "new", videos=1)
     (folder / "up" / "bad.avi").write_bytes(b"no video")
+    shutil.copy(folder / "up" / "00.avi", folder / "up" / "00.mkv")
     pictures = tmp_path / "pictures"
     words = ["predict", str(folder), "--weights", str(trained), "--json"]
     assert main([*words, "--picture", str(pictures)]) == 0
     captured = capsys.readouterr()
-    assert len(json.loads(captured.out)) == 2
+    assert len(json.loads(captured.out)) == 3
     assert captured.err.count("\n") == 1
     assert "bad.avi" in captured.err
-    assert sorted(p.name for p in pictures.rglob("*.png")) == ["00.png", "00.png"]
+    found = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.png"))
+    assert found == ["down/00.png", "up/00.avi.png", "up/00.mkv.png"]
 
 
 def test_convert_then_predict(
@@ -236,7 +252,9 @@ def test_convert_then_predict(
     assert main(["predict", video, "--weights", str(out)]) == 1
     assert "--mean" in capsys.readouterr().err
     words += ["--classes", "down,up", "--mean", "0.4", "0.4", "0.4", "--std", "0.2", "0.2", "0.2"]
-    assert main(words) == 0
+    assert main(words) == 1
+    assert f"--out {out}: exists already; --force replaces it" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0
     assert weights.load_info(out).color == "bgr"
     assert main(["predict", video, "--weights", str(out)]) == 0
 

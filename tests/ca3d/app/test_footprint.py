@@ -19,6 +19,8 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     table = capsys.readouterr().out
     wide, half = json.loads(file.read_text())
+    assert main(arguments) == 1
+    assert f"--json {file}: exists already; --force replaces it" in capsys.readouterr().err
     assert (wide["model"], wide["regime"], half["regime"]) == ("ca3d_tiny", "float32", "float16")
     assert wide["clip"] == [3, 16, 32, 32]
     assert wide["macs"] == half["macs"] > 2.5e7

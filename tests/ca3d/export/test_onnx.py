@@ -200,7 +200,7 @@ def test_other_models_are_exported_as_clips(tmp_path):
             ["executorch", "W", "--out", "OUT", "--precision", "int8", "--calibration", "x"],
             "--precision int8 is for ONNX only",
         ),
-        (["onnx", "W", "--out", "DONE"], "clip.onnx, export.json already; --force replaces them"),
+        (["onnx", "W", "--out", "DONE"], "export.json: exist already; --force replaces them"),
     ],
 )
 def test_bad_options(words, message, weights_path, tmp_path, capsys):

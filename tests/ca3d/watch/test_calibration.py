@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ca3d.errors import UserError
+from ca3d.watch.calibrate import CalibrateResult
 from ca3d.watch.calibration import Calibration, calibration_error, fit
 
 
@@ -14,6 +15,16 @@ def drawn(temperature: float, samples: int = 4000, classes: int = 5):
     logits = 3 * torch.randn(samples, classes, generator=generator)
     labels = torch.multinomial(F.softmax(logits / temperature, 1), 1, generator=generator)[:, 0]
     return logits, labels
+
+
+@pytest.mark.parametrize(("right", "said"), [(True, "lowest"), (False, "highest")])
+def test_a_temperature_at_the_end_of_what_is_tried_is_told(right, said):
+    logits = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
+    labels = torch.tensor([0, 1] if right else [1, 0])
+    found = CalibrateResult(fit(logits, labels, "mine"), ("a", "b"), 2, 0.1, 0.1)
+    assert f"(the {said} that is tried: " in str(found)
+    drawn_at_one = fit(*drawn(1.0), "mine")
+    assert "that is tried" not in str(CalibrateResult(drawn_at_one, tuple("abcde"), 2, 0.1, 0.1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

@@ -166,6 +166,9 @@ def test_the_command_prints_and_saves_figures(capsys, made, long_model, tmp_path
     assert figures["annotated"] == len(rows(made))
     assert figures["hours"] == pytest.approx(60 / 3600, rel=0.01)
     assert set(figures["events"]) == {"0.3", "0.5", "0.7"}
+    assert main(arguments) == 1
+    assert "exist already; --force replaces them" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
 
 
 def test_eval_finds_what_watch_finds(capsys, made, tmp_path, long_model):
