@@ -104,10 +104,11 @@ def test_empty_batch(packed: bool, lead: tuple[int, ...], backend: str) -> None:
 def test_same_bits_for_any_number_of_threads(
     packed: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    lead = (2, 3) if interpreted() else (3, 37)
+    # The interpreter knows no threads: there it is one program after another, twice.
+    lead, numbers = ((2,), (1, 2)) if interpreted() else ((3, 37), (1, 2, 3, 2))
     problem = Problem(lead=lead, dtype=dtype, packed=packed, layout="channels-last")
     runs = []
-    for workers in (1, 2, 3, 2):
+    for workers in numbers:
         torch.manual_seed(1)
         runs.append(run(problem, backend, workers)[0])
     for other in runs[1:]:
