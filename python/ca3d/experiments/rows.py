@@ -200,6 +200,8 @@ def _parse(text: str, path: Path) -> dict[str, Row]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
+            if not isinstance(row["key"], str):
+                raise TypeError
             rows[row["key"]] = row
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: no row of an experiment") from error

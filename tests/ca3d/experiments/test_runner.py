@@ -89,9 +89,10 @@ def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
 
 def test_damaged_and_shared_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / ROWS
-    path.write_text("no row\n")
-    with pytest.raises(UserError, match="line 1: no row of an experiment"):
-        RowFile(path)
+    for line in ("no row", '{"key": 1}', '{"x": 1}', "[]"):
+        path.write_text(line + "\n")
+        with pytest.raises(UserError, match="line 1: no row of an experiment"):
+            RowFile(path)
     script = f"from ca3d.experiments.rows import RowFile; RowFile({str(tmp_path / 'b')!r})"
     with RowFile(tmp_path / "b"):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
