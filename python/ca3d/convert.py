@@ -94,7 +94,8 @@ def convert(
         if frames is not None and frames != options["frames"]:
             raise ValueError(f"its clips have {options['frames']} frames, not {frames}")
         with torch.random.fork_rng(devices=[]):
-            network = models.CA3D(name=name, **options)
+            network = models.create(name, **options)
+        assert isinstance(network, models.CA3D)
         info = weights.ModelInfo(
             model=name,
             options=network.options,

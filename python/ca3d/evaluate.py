@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ca3d.training.scoring import Scores
     from ca3d.weights import ModelInfo
 
+_LOG = logging.getLogger("ca3d.data")
 #: What `EvalResult.save` writes.
 _FILES = ("results.json", "predictions.csv", "confusion.csv", "confusion.png")
 
@@ -283,6 +285,8 @@ def score_split(config: EvalConfig) -> ScoredSplit:
     model, info = weights.load(file, device=str(device))
     check_complete(info)
     samples, protocol = (None, None) if config.list_file else _protocol_samples(config, info)
+    if samples is None and not config.list_file:
+        samples = _own_samples(config, file.parent)
     dataset = VideoFolder(
         config.data,
         None if config.split == "all" or config.list_file else config.split,
@@ -300,6 +304,8 @@ def score_split(config: EvalConfig) -> ScoredSplit:
     )
     if not len(dataset):
         raise UserError(f"{config.data}: no videos in split {config.split!r}")
+    if config.split in ("val", "test"):
+        _warn_of_trained(dataset, file.parent, config.data)
     regime = precision.for_inference(info.precision)
     with connect(device) as world:
         own = score(
@@ -360,6 +366,38 @@ def _protocol_samples(
     else:
         raise UserError(f"--split {config.split}: {given.protocol} has no such part")
     return chosen, given.protocol.to_dict()
+
+
+def _own_samples(config: EvalConfig, run: Path) -> list[Sample] | None:
+    """The videos of a split that a run drew itself, where the data set has no such split."""
+    from ca3d.data import samples as lists
+
+    drawn = run / "splits" / f"{config.split}.csv"
+    if config.split == "all" or not drawn.is_file() or config.split in lists.splits_of(config.data):
+        return None
+    samples = lists.read_list(drawn, config.data)
+    if not any(sample.path.is_file() for sample in samples):
+        return None  # the run was trained on other data
+    _LOG.warning("%s has no split %s: taking that of the run, %s", config.data, config.split, drawn)
+    return samples
+
+
+def _warn_of_trained(dataset: VideoFolder, run: Path, data: str) -> None:
+    """Says how many of the videos trained the model, where its run is at hand."""
+    from ca3d.data import samples as lists
+
+    trained = run / "splits" / "train.csv"
+    if not trained.is_file():
+        return
+    known = {sample.path.resolve() for sample in lists.read_list(trained, data)}
+    count = sum(sample.path.resolve() in known for sample in dataset.samples)
+    if count:
+        _LOG.warning(
+            "%d of these %d videos trained the model (%s): the figures flatter it",
+            count,
+            len(dataset),
+            trained,
+        )
 
 
 def weights_file(path: str | Path) -> Path:

@@ -81,6 +81,17 @@ def test_published_formats(tmp_path: Path, form: str) -> None:
     assert (logits - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
+def test_the_large_model(tmp_path: Path) -> None:
+    state = {key: value.half() for key, value in unique("ca3d_l").items()}
+    out = tmp_path / "out.safetensors"
+    info = convert(write(tmp_path / "in.pt", state), out)
+    assert info.model == "ca3d_l"
+    model, found = weights.load(out)
+    assert found == info
+    for key, value in from_published(state, golden_model("ca3d_l")).items():
+        assert torch.equal(model.state_dict()[key], value.to(model.state_dict()[key].dtype)), key
+
+
 @pytest.mark.parametrize(
     "case", ["ca3d", "ca3d_paper_pool", pytest.param("ca3d_l", marks=pytest.mark.slow)]
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -57,7 +59,8 @@ def train(config: TrainConfig) -> None:
         )
     if result.test is not None:
         _print_summary(result.test, "test split, read once, best epoch")
-    print(f"use it: ca3d predict VIDEO --weights {result.folder / 'best.safetensors'}")
+    file = shlex.quote(str(result.folder / "best.safetensors"))
+    print(f"use it: ca3d predict VIDEO --weights {file}")
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -203,6 +206,8 @@ def convert(config: ConvertConfig) -> None:
 
     if not Path(config.input).is_file():
         raise UserError(f"{config.input}: no such file")
+    if not config.out.endswith(".safetensors"):
+        raise UserError(f"--out must end in .safetensors, not {config.out!r}")
     check_free(config.out, force=config.force, flag="--out")
     info = run(
         config.input,
@@ -220,7 +225,7 @@ def convert(config: ConvertConfig) -> None:
         precision=config.precision,
         trained_on=config.trained_on,
     )
-    print(f"{config.out}: {info.model}, {len(info.classes)} classes, {info.color}")
+    print(f"{config.out}: {info.model}, {info.options['num_classes']} classes, {info.color}")
     missing = [
         flag
         for flag, value in (
@@ -266,8 +271,11 @@ def _print_summary(summary: dict[str, Any], title: str) -> None:
 def _print_prediction(prediction: Prediction, windows: bool) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{prediction.path}  ({prediction.duration:.1f} s)", title_justify="left")
+    # A path or a class may look like Rich's markup: clip [a1].mp4.
+    title = Text(f"{prediction.path}  ({prediction.duration:.1f} s)", style="table.title")
+    table = Table(title=title, title_justify="left")
     table.add_column("seconds", justify="right")
     for number in range(len(prediction.labels)):
         table.add_column(f"{number + 1}.")
@@ -275,7 +283,7 @@ def _print_prediction(prediction: Prediction, windows: bool) -> None:
     if windows and len(prediction.windows) > 1:
         rows += [(f"{w.start:.1f} - {w.end:.1f}", w.labels) for w in prediction.windows]
     for place, (when, labels) in enumerate(rows):
-        cells = [f"{label.name} {100 * label.probability:.0f} %" for label in labels]
+        cells = [Text(f"{label.name} {100 * label.probability:.0f} %") for label in labels]
         table.add_row(when, *cells, end_section=place == 0)
     width = None if sys.stdout.isatty() else 200
     Console(width=width).print(table)
@@ -304,8 +312,11 @@ def _picture_paths(config: PredictConfig, videos: list[Path], single: bool) -> d
 def _class_names(value: str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if Path(value).is_file():
-        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+    if os.path.isfile(value):  # a long list of names is no path, and no error here
+        try:
+            lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--classes {value}: cannot be read as UTF-8 text: {error}") from error
         return tuple(line.strip() for line in lines if line.strip())
     names = tuple(name.strip() for name in value.split(",") if name.strip())
     if len(names) < 2:

@@ -121,7 +121,7 @@ def make_parser(chosen: str = "") -> Any:
                 )
             groups[group].add_subcommand(action, child, help=command.help)
         if not chosen or chosen.startswith(command.name):
-            _add_options(child, load(command.config), jsonargparse.ActionConfigFile)
+            _add_options(child, load(command.config))
     return parser
 
 
@@ -150,9 +150,11 @@ def _refuse(program: str, why: str) -> NoReturn:
     sys.exit(2)
 
 
-def _add_options(parser: Any, config: type, config_action: Any) -> None:
+def _add_options(parser: Any, config: type) -> None:
+    from jsonargparse import ActionConfigFile, ActionYesNo
+
     parser.add_argument(
-        "--config", action=config_action, help="YAML file of options; flags override it"
+        "--config", action=ActionConfigFile, help="YAML file of options; flags override it"
     )
     hints = typing.get_type_hints(config)
     groups: dict[str, Any] = {}
@@ -185,7 +187,9 @@ def _add_options(parser: Any, config: type, config_action: Any) -> None:
                 flag, nargs=about["count"], type=item, help=about["help"], metavar=_metavar(item)
             )
         elif kind is bool:
-            groups[title].add_argument(flag, action="store_true", help=about["help"])
+            # With --no-FLAG, which overrides a configuration file.
+            action = ActionYesNo(no_prefix="no-")
+            groups[title].add_argument(flag, action=action, default=default, help=about["help"])
         else:
             groups[title].add_argument(
                 flag, type=kind, default=default, help=about["help"], metavar=_metavar(kind)

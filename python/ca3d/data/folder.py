@@ -280,6 +280,10 @@ class VideoFolder(Dataset[Item | None]):
         return present, missing
 
     def _checked_classes(self, found: list[str], given: Sequence[str] | None) -> list[str]:
+        if isinstance(given, str):
+            raise UserError(f"classes must be a list of names, not the text {given!r}")
+        if not self.samples:
+            raise UserError(f"{self.root}: there is no video among the samples")
         classes = list(found if given is None else given)
         check_classes(classes, self.root)
         if len(classes) < 2:

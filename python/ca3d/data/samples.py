@@ -2,9 +2,11 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from ca3d.data.reader import VIDEO_SUFFIXES
 from ca3d.errors import UserError
 
 SPLITS = ("train", "val", "test")
+_LOG = logging.getLogger("ca3d.data")
 _LIST_SUFFIXES = (".csv", ".jsonl")
 
 
@@ -88,7 +91,7 @@ def find_samples(root: str | os.PathLike[str]) -> list[Sample]:
     check_classes(names, root)
     samples = []
     for name in names:
-        videos = _videos(folder / name)
+        videos = [path for path in _videos(folder / name) if _is_text(path)]
         if not videos:
             raise UserError(
                 f"{folder / name}: class folder without videos ({', '.join(VIDEO_SUFFIXES[:5])}, "
@@ -96,6 +99,17 @@ def find_samples(root: str | os.PathLike[str]) -> list[Sample]:
             )
         samples += [Sample(path, name) for path in videos]
     return samples
+
+
+def _is_text(path: Path) -> bool:
+    """Whether lists can hold a path; says so if not."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        _LOG.warning("%s: its name is not UTF-8; it is left out: rename it", shown)
+        return False
+    return True
 
 
 def check_classes(names: Sequence[str], where: str | os.PathLike[str]) -> None:
@@ -244,7 +258,7 @@ def load_samples(
         have = ", ".join(sorted(splits)) or "none"
         raise UserError(
             f"{root}: no split {split!r} (it has: {have}): write {split}.csv (path,label), or "
-            f"divide the data set with: ca3d data split {root}"
+            f"divide the data set with: ca3d data split {shlex.quote(str(root))}"
         )
     parts = {
         name: read_list(path, folder) if path.is_file() else find_samples(path)

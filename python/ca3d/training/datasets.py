@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics as figures
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +76,26 @@ class Data:
             model=str(model.name),
             options=dict(model.options),  # type: ignore[arg-type]
             classes=tuple(self.classes),
-            color=self.color,
             mean=self.mean,
             std=self.std,
             frames=self.clip.frames,
-            stride=self.clip.stride,
-            frames_per_second=self.clip.frames_per_second,
             size=self.clip.size,
             resize=self.clip.resize,
-            window=self.clip.window,
-            view=str(self.clip.view),
+            **self.clip_info(),
             precision=config.precision,
             trained_on=self.trained_on,
             extra={"protocol": self.protocol.to_dict()},
         )
+
+    def clip_info(self) -> dict[str, Any]:
+        """Returns what a model sees, by names of `ca3d.weights.ModelInfo`, but shape and scale."""
+        return {
+            "color": self.color,
+            "stride": self.clip.stride,
+            "frames_per_second": self.clip.frames_per_second,
+            "window": self.clip.window,
+            "view": str(self.clip.view),
+        }
 
     def list_unreadable(self, folder: Path, world: World) -> int:
         """Writes the videos that could not be read so far, by any process, into the run folder.
@@ -176,6 +182,7 @@ def prepare_data(
             **options,
         )
 
+    measured = None
     if config.mean is not None and config.std is not None:
         mean, std = tuple(config.mean), tuple(config.std)
     elif "mean" in known:
@@ -195,6 +202,9 @@ def prepare_data(
     reverse = False if published and config.reverse is None else config.reverse
     changes: dict[str, Any] = {"flip": flip, "reverse": reverse, "augment": config.augment}
     train = open_split("train", True, **changes, **options)
+    if measured is not None:
+        # What could not be read there is reported already.
+        train.unreadable.copy_(measured.unreadable)
     say(train.describe())
     if background_index(classes) is not None:
         say("class background: learnt as any other class; `ca3d watch` never reports it")
@@ -324,8 +334,14 @@ def _splits(config: TrainConfig, say: Callable[[str], None]) -> tuple[dict[str, 
             f"no validation split: {len(parts['val'])} training videos are kept for it"
             f" (seed {config.split_seed})"
         )
-    elif config.group is not None:
-        say("--group is not used: nothing is divided at random")
+    else:
+        defaults = {option.name: option.default for option in fields(config)}
+        for option in ("group", "val_fraction", "test_fraction", "split_seed"):
+            # Without a validation list, a fraction of 0 is what was asked for, and happens.
+            used = option == "val_fraction" and "val" not in parts
+            if not used and getattr(config, option) != defaults[option]:
+                flag = "--" + option.replace("_", "-")
+                say(f"{flag} is not used: nothing is divided at random")
     return parts, name
 
 

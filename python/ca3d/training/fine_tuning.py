@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,12 @@ from ca3d.errors import UserError
 from ca3d.evaluate import weights_file
 
 
-def initialize_from(model: nn.Module, classes: Sequence[str], file: str | Path) -> list[str]:
+def initialize_from(
+    model: nn.Module,
+    classes: Sequence[str],
+    file: str | Path,
+    clips: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Copies the weights of a file into a model, save for a classifier of other classes.
 
     Rows of the classifier whose class both know are copied by name.
@@ -23,9 +29,11 @@ def initialize_from(model: nn.Module, classes: Sequence[str], file: str | Path) 
         model: A model of the same kind as the file's.
         classes: The model's classes, in order.
         file: A weights file, or the folder of a run (its best weights).
+        clips: What the model will see, by names of `ca3d.weights.ModelInfo`: color, stride, ...
 
     Returns:
-        One line for every difference from a plain load.
+        One line for every difference from a plain load: of the classifier, of the model's options,
+        and of `clips` from what the weights were trained on.
 
     Raises:
         ca3d.errors.UserError: The file is no weights file, or its model is of another shape; the
@@ -55,7 +63,7 @@ def initialize_from(model: nn.Module, classes: Sequence[str], file: str | Path) 
             + ", ".join((wrong + [f"{key} unknown" for key in extra])[:5])
             + (f" and {len(wrong + extra) - 5} more" if len(wrong + extra) > 5 else "")
         )
-    report = []
+    report = _differences(model, info, clips or {})
     same_classes = tuple(info.classes) == tuple(classes)
     with torch.no_grad():
         for key in body if not same_classes else ours:
@@ -71,6 +79,19 @@ def initialize_from(model: nn.Module, classes: Sequence[str], file: str | Path) 
                 f" ({len(shared)} of the same name kept their weights)"
             )
     return report
+
+
+def _differences(model: nn.Module, info: weights.ModelInfo, clips: Mapping[str, Any]) -> list[str]:
+    """What fits in shape, and yet means that the weights will compute something else."""
+    ours: Mapping[str, Any] = model.options  # type: ignore[assignment]
+    names = [name for name in ours if name not in ("num_classes", "dropout")]
+    values = [(f"option {name}", info.options.get(name), ours[name]) for name in names]
+    values += [(name, getattr(info, name), value) for name, value in clips.items()]
+    return [
+        f"{name} differs: {theirs!r} in the weights, {mine!r} now"
+        for name, theirs, mine in values
+        if theirs != mine
+    ]
 
 
 def freeze(model: nn.Module, pattern: str) -> list[str]:

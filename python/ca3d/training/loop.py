@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -82,6 +83,8 @@ def train(config: TrainConfig) -> TrainResult:
         if folder.has_resume_state:
             state = checkpoint.load_resume_state(folder.resume_file)
             folder.check_same(state["config"], config.to_dict(), state.get("processes", 1), world)
+        elif folder.has_run:
+            reporter.message(f"no {folder.resume_file}: the training begins anew")
 
         def prepare() -> Data:
             return prepare_data(config, folder.path, reporter.message)
@@ -178,6 +181,8 @@ class Trainer:
         )
         if world.size > 1 and config.sync_bn:
             synchronise(self.model)
+        elif config.sync_bn:
+            reporter.message("--sync-bn is not used: this is the only process")
         clips = torch.zeros(2, 3, config.frames, config.size, config.size, device=device)
         self.network = world.wrap(self.model, lambda model: regime.forward(model, clips))
         if world.rank:
@@ -210,7 +215,11 @@ class Trainer:
         """
         if state is not None:
             self._restore(state)
-        if not self.progress.finished:
+        if self.progress.finished:
+            self.reporter.message(
+                f"{self.folder.path}: this run is finished; nothing is trained any more"
+            )
+        else:
             title = (
                 f"{self.config.model}: {sum(p.numel() for p in self.model.parameters()):,}"
                 f" parameters, {self.regime.name} on {self.device}"
@@ -234,7 +243,9 @@ class Trainer:
         config, data = self.config, self.data
         model = _create_model(config, len(data.classes))
         if config.init_from is not None:
-            report = fine_tuning.initialize_from(model, data.classes, config.init_from)
+            report = fine_tuning.initialize_from(
+                model, data.classes, config.init_from, data.clip_info()
+            )
             self.reporter.message(f"starting from {config.init_from}")
             for line in report:
                 self.reporter.message(f"  {line}")
@@ -304,7 +315,7 @@ class Trainer:
             self.reporter.stop()
             self.reporter.message(
                 f"stopped at epoch {self.progress.epoch + 1}, batch {self.progress.batch};"
-                f" continue with --resume auto --out {self.folder.path}"
+                f" continue with --resume auto --out {shlex.quote(str(self.folder.path))}"
             )
             raise StoppedError(received)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
         b'PNG'
     """
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        # Names in a script that the font doesn't have are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(picture, format="png", dpi=dpi)
     write_file(path, picture.getvalue())
 
 

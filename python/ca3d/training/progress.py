@@ -158,7 +158,7 @@ class RichReporter(Reporter):
         from rich.live import Live
 
         self._clock.start(status)
-        self.console.print(title, highlight=False)
+        self.console.print(title, highlight=False, markup=False)
         self._run = self._progress.add_task(
             "", total=status.epochs * status.batches, left="-:--:--"
         )

@@ -69,6 +69,12 @@ class RunFolder:
                 f"{path} already holds a run;"
                 " continue it with --resume auto or choose another --out"
             )
+        if not self.has_resume_state and (self.path / "test" / "results.json").is_file():
+            self.close()
+            raise UserError(
+                f"{path} holds test results, but not the {self.resume_file.name} of the run that"
+                " they are of; choose another --out"
+            )
         remove_leftovers(self.path)
 
     def __enter__(self) -> RunFolder:

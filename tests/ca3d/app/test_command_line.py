@@ -110,6 +110,15 @@ def test_printed_configuration_reads_back(
     assert parse(["train", "--config", str(file)])[1] == parse(words)[1]
 
 
+def test_flags_override_a_configuration_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("freeze_bn: true\nlr: 1e-3\n")
+    words = ["train", "d", "--config", str(file)]
+    assert parse(words)[1] == TrainConfig(data="d", lr=1e-3, freeze_bn=True)
+    changed = TrainConfig(data="d", lr=0.5, freeze_bn=False)
+    assert parse([*words, "--no-freeze-bn", "--lr", "0.5"])[1] == changed
+
+
 def test_underscores_are_as_good_as_dashes() -> None:
     assert parse(["train", "d", "--batch_size=7", "--init_from", "a_b"])[1] == TrainConfig(
         data="d", batch_size=7, init_from="a_b"
@@ -178,6 +187,37 @@ def test_eval(
     assert (out / "results.json").read_text() == "mine"
     assert main(["eval", str(trained), str(bars), "--out", str(out), "--force"]) == 0
     assert json.loads((out / "results.json").read_text()) == ours
+
+
+def test_eval_knows_what_a_run_drew_and_trained_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder(tmp_path / "my data", videos=6)
+    run = tmp_path / "run"
+    options = flags({**TINY, "epochs": 1, "max_steps": 1, "progress": "plain"})
+    assert main(["train", str(root), "--out", str(run), *options]) == 0
+    drawn = capfd.readouterr().out
+    assert "no split files in" in drawn
+    command = [sys.executable, "-m", "ca3d", "eval", str(run), str(root), "--workers", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    test = (run / "splits" / "test.csv").read_text().splitlines()[1:]
+    assert f"split test, 1 clips x 1 crops: {len(test)} videos" in done.stdout
+    assert f"{root} has no split test: taking that of the run" in done.stderr
+    assert "trained the model" not in done.stderr
+    shutil.copy(run / "splits" / "train.csv", root / "test.csv")
+    shutil.copy(run / "splits" / "test.csv", root / "train.csv")
+    done = subprocess.run(command, capture_output=True, text=True)
+    count = len((root / "test.csv").read_text().splitlines()) - 1
+    assert f"{count} of these {count} videos trained the model" in done.stderr
+
+
+def test_names_that_look_like_markup(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "a[/b]", videos=1)
+    video = (folder / "up" / "00.avi").rename(folder / "up" / "clip [h26].avi")
+    assert main(["predict", str(video), "--weights", str(trained)]) == 0
+    assert "clip [h26].avi" in "".join(capsys.readouterr().out.split("\n"))
 
 
 def test_eval_of_many_views_as_json(
@@ -251,6 +291,13 @@ def test_convert_then_predict(
     video = str(bars / "up" / "00.avi")
     assert main(["predict", video, "--weights", str(out)]) == 1
     assert "--mean" in capsys.readouterr().err
+    long = ",".join(f"activity number {number}" for number in range(101))
+    assert main([*words, "--force", "--classes", long]) == 1
+    assert "the model has 2 classes, got 101" in capsys.readouterr().err
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9\nup\n")
+    assert main([*words, "--force", "--classes", str(latin)]) == 1
+    assert f"--classes {latin}: cannot be read as UTF-8 text" in capsys.readouterr().err
     words += ["--classes", "down,up", "--mean", "0.4", "0.4", "0.4", "--std", "0.2", "0.2", "0.2"]
     assert main(words) == 1
     assert f"--out {out}: exists already; --force replaces it" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,14 @@ class TestClassFolders:
         (root / "walk" / "._p0.avi").write_text("x")
         (root / ".git").mkdir()
         assert len(find_samples(root)) == 12
+
+    def test_a_name_that_lists_cannot_hold_is_left_out(self, root, caplog):
+        before = find_samples(root)
+        bad = os.fsencode(root / "walk") + b"/caf\xe9.mp4"
+        with open(bad, "wb"):
+            pass
+        assert find_samples(root) == before
+        assert "caf\\xe9.mp4: its name is not UTF-8; it is left out" in caplog.text
 
     def test_no_folder(self, tmp_path):
         with pytest.raises(UserError, match="nowhere: no such folder"):

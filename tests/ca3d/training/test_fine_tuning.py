@@ -42,6 +42,17 @@ def test_other_classes_replace_the_classifier_and_say_so(tmp_path: Path) -> None
             assert torch.equal(model.state_dict()[key], value)
 
 
+def test_what_fits_and_yet_computes_something_else_is_listed(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    saved(file, ("down", "up"), edge="zero", dropout=0.1)
+    model = models.create("ca3d_tiny", num_classes=2, **OPTIONS)
+    clips = {"color": "bgr", "stride": 2}
+    assert fine_tuning.initialize_from(model, ["down", "up"], file, clips) == [
+        "option edge differs: 'zero' in the weights, 'truncate' now",
+        "color differs: 'rgb' in the weights, 'bgr' now",
+    ]
+
+
 def test_another_shape_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
     saved(tmp_path / "a.safetensors", ("down", "up"), widths=[4, 4, 8, 16])
     model = models.create("ca3d_tiny", num_classes=2, **OPTIONS)

@@ -236,12 +236,16 @@ def test_max_steps(bars: Path, tmp_path: Path) -> None:
     assert len(rows(tmp_path / "run")) == 2
 
 
-def test_broken_videos_are_survived(tmp_path: Path) -> None:
+def test_broken_videos_are_survived_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = make_folder(tmp_path / "data", videos=6)
     for name in ("down/00.avi", "up/03.avi"):
         (data / name).write_bytes((data / name).read_bytes()[:300])
-    result = run(data, tmp_path / "run", epochs=1)
+    result = run(data, tmp_path / "run", epochs=2)
     assert result.steps > 0
+    told = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert len(told) == len(set(told)) == result.unreadable == 2
 
 
 def test_frame_rate_is_the_usual_one(tmp_path: Path) -> None:

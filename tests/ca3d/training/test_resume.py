@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,18 @@ def test_a_finished_run_is_not_trained_again(bars: Path, whole: Path) -> None:
     result = train(TrainConfig(**{**config(bars, whole), "resume": "auto"}))
     assert result.test is not None
     assert (whole / "last.safetensors").stat().st_mtime_ns == before
+
+
+def test_test_results_of_a_run_whose_state_is_gone_are_no_other_run_s(
+    bars: Path, whole: Path, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    shutil.copytree(whole, gone)
+    (gone / "resume.pt").unlink()
+    before = (gone / "best.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"holds test results, but not the resume.pt"):
+        train(TrainConfig(data=str(bars), out=str(gone), resume="auto"))
+    assert (gone / "best.safetensors").read_bytes() == before
 
 
 def test_a_run_is_not_overwritten(bars: Path, whole: Path) -> None:

@@ -180,6 +180,8 @@ def make(
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
         _put_in_place(temporary, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
@@ -318,7 +320,10 @@ def _run_processes(jobs: list[Job], finished: Callable[[], None]) -> list[dict[s
                     log_text = (Path(jobs[0].folder) / f".worker-{number}.log").read_text()
                     raise RuntimeError(f"rendering failed:\n{log_text[-2000:]}")
             elif line:
-                rows += json.loads(line)
+                result = json.loads(line)
+                if isinstance(result, str):
+                    raise UserError(f"cannot write the videos: {result}")
+                rows += result
             else:
                 finished()
     finally:

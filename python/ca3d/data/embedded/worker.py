@@ -114,13 +114,18 @@ def from_json(text: str) -> Job:
 def main() -> None:
     """Reads a job from standard input; prints an empty line a clip, at last the rows as JSON.
 
+    Where a file can't be written it prints the reason as a JSON string instead.
+
     Example:
         >>> callable(main)
         True
     """
     job = from_json(sys.stdin.read())
-    rows = run(job, lambda: print(flush=True))
-    print(json.dumps(rows), flush=True)
+    try:
+        result: list[dict[str, Any]] | str = run(job, lambda: print(flush=True))
+    except OSError as error:
+        result = error.strerror or str(error)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

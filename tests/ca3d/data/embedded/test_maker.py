@@ -16,6 +16,7 @@ from ca3d.data import embedded
 from ca3d.data.embedded.intervals import INTERVALS, SPLITS, YAW, draw
 from ca3d.data.embedded.motion_order import SPRITE_INTERVALS
 from ca3d.data.embedded.recipe import HONESTY, Recipe
+from ca3d.data.embedded.worker import Job, to_json
 from ca3d.errors import UserError
 from tests.ca3d.data.embedded.conftest import CLIPS
 
@@ -210,6 +211,15 @@ def test_existing_folders_are_respected(tmp_path: Path) -> None:
     embedded.make("mocap15", out, force=True, seed=9, **options)
     assert digest(out) != before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "set"]
+
+
+def test_a_worker_that_cannot_write_says_why():
+    recipe = Recipe("motion-order", 16, 2, 16, 0.0, 0)
+    job = Job(recipe, "mpeg4", {"train": 1, "val": 0, "test": 0}, "/dev/null/folder", 0, 1)
+    command = [sys.executable, "-m", "ca3d.data.embedded.worker"]
+    done = subprocess.run(command, input=to_json(job), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == "Not a directory"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
