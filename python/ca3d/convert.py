@@ -114,9 +114,10 @@ def convert(
         tensors = published.from_published(state, network)
     except (TypeError, ValueError) as error:
         raise UserError(f"{in_path}: {error}") from error
+    # Counters stay whole numbers, even if all of the file was made half precision.
     tensors = {
-        key: tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
-        for key, tensor in tensors.items()
+        key: tensor.to(_DTYPES[precision] if own.is_floating_point() else own.dtype)
+        for key, tensor, own in ((k, tensors[k], v) for k, v in network.state_dict().items())
     }
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:

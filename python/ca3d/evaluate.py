@@ -376,7 +376,7 @@ def _own_samples(config: EvalConfig, run: Path) -> list[Sample] | None:
     if config.split == "all" or not drawn.is_file() or config.split in lists.splits_of(config.data):
         return None
     samples = lists.read_list(drawn, config.data)
-    if not any(sample.path.is_file() for sample in samples):
+    if not all(sample.path.is_file() for sample in samples):
         return None  # the run was trained on other data
     _LOG.warning("%s has no split %s: taking that of the run, %s", config.data, config.split, drawn)
     return samples

@@ -48,7 +48,7 @@ def test_what_fits_and_yet_computes_something_else_is_listed(tmp_path: Path) -> 
     model = models.create("ca3d_tiny", num_classes=2, **OPTIONS)
     clips = {"color": "bgr", "stride": 2}
     assert fine_tuning.initialize_from(model, ["down", "up"], file, clips) == [
-        "option edge differs: 'zero' in the weights, 'truncate' now",
+        "option edge differs: 'zero' in the weights, None now",
         "color differs: 'rgb' in the weights, 'bgr' now",
     ]
 

@@ -218,7 +218,7 @@ def test_a_worker_that_cannot_write_says_why():
     job = Job(recipe, "mpeg4", {"train": 1, "val": 0, "test": 0}, "/dev/null/folder", 0, 1)
     command = [sys.executable, "-m", "ca3d.data.embedded.worker"]
     done = subprocess.run(command, input=to_json(job), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
     assert json.loads(done.stdout) == "Not a directory"
 
 
