@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ca3d import models, precision, weights
 from ca3d.errors import UserError
-from ca3d.evaluate import EvalResult
+from ca3d.evaluate import EvalResult, weights_file
 from ca3d.models.sync_norm import synchronise
 from ca3d.training import checkpoint, fine_tuning, plots
 from ca3d.training.config import TrainConfig
@@ -62,6 +62,8 @@ def train(config: TrainConfig) -> TrainResult:
         raise UserError(f"--model {config.model}: {error}") from error
     if config.tensorboard:
         summary_writer()
+    if config.init_from is not None:
+        weights_file(config.init_from)
     if config.freeze is not None:
         with torch.device("meta"):
             fine_tuning.freeze(_create_model(config, num_classes=2), config.freeze)

@@ -87,6 +87,7 @@ def test_wrong_usage(words: list[str], part: str, capsys: pytest.CaptureFixture[
         (["data", "make", "mocap15", "o", "--segments", "3"], "segments is for motion-order"),
         (["data", "make", "motion-order", "o", "--views", "all"], "views is for the mocap sets"),
         (["train", "missing", "--freeze", "nothing"], "matches no parameter"),
+        (["train", "missing", "--init-from", "w.safetensors"], "w.safetensors: no such file"),
         (["train", "missing", "--freeze", "nothing", "--model", "x3d_tiny"], "no parameter"),
         (["train", "missing", "--schedule", "constant", "--milestones", "3"], "--milestones"),
         (["data", "check", "missing"], "missing: no such folder"),
