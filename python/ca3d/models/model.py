@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ca3d.models import presets
@@ -88,7 +89,7 @@ class CA3D(nn.Module):
 
         Raises:
             ValueError: another shape, or a single clip in training mode.
-            TypeError: not a floating-point tensor.
+            TypeError: not a floating-point tensor, or not of the model's dtype without autocast.
         """
         self._check_clip(clip)
         if clip.shape[2] != self.frames:
@@ -201,6 +202,9 @@ class CA3D(nn.Module):
                 "clip must have the shape (batch, 3, frames, height, width) without empty "
                 f"dimensions, got {tuple(clip.shape)}"
             )
+        own = self.classifier.weight.dtype
+        if clip.dtype != own and not torch.is_autocast_enabled(clip.device.type):
+            raise TypeError(f"clip must have the model's dtype {own}, got {clip.dtype}")
 
 
 def _layers(config: CA3DOptions) -> dict[str, nn.Module]:

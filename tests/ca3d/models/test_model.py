@@ -266,6 +266,8 @@ def test_bad_clips() -> None:
     model = ca3d_tiny(5).eval()
     with pytest.raises(TypeError, match=r"floating-point.*torch.uint8"):
         model(torch.zeros(1, 3, 16, 32, 32, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"the model's dtype torch.float32, got torch.float64"):
+        model(torch.zeros(2, 3, 16, 32, 32, dtype=torch.float64))
     with pytest.raises(TypeError, match="list"):
         model([1.0])  # type: ignore[arg-type]
     for shape in ((3, 16, 32, 32), (1, 1, 16, 32, 32), (0, 3, 16, 32, 32), (1, 3, 16, 0, 32)):
