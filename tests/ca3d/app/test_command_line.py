@@ -190,25 +190,25 @@ def test_eval(
 
 
 def test_eval_knows_what_a_run_drew_and_trained_on(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     root = make_folder(tmp_path / "my data", videos=6)
     run = tmp_path / "run"
     options = flags({**TINY, "epochs": 1, "max_steps": 1, "progress": "plain"})
     assert main(["train", str(root), "--out", str(run), *options]) == 0
-    drawn = capfd.readouterr().out
-    assert "no split files in" in drawn
-    command = [sys.executable, "-m", "ca3d", "eval", str(run), str(root), "--workers", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    assert "no split files in" in capsys.readouterr().out
+    command = ["eval", str(run), str(root), "--workers", "0"]
+    caplog.clear()
+    assert main(command) == 0
     test = (run / "splits" / "test.csv").read_text().splitlines()[1:]
-    assert f"split test, 1 clips x 1 crops: {len(test)} videos" in done.stdout
-    assert f"{root} has no split test: taking that of the run" in done.stderr
-    assert "trained the model" not in done.stderr
+    assert f"split test, 1 clips x 1 crops: {len(test)} videos" in capsys.readouterr().out
+    assert f"{root} has no split test: taking that of the run" in caplog.text
+    assert "trained the model" not in caplog.text
     shutil.copy(run / "splits" / "train.csv", root / "test.csv")
     shutil.copy(run / "splits" / "test.csv", root / "train.csv")
-    done = subprocess.run(command, capture_output=True, text=True)
+    assert main(command) == 0
     count = len((root / "test.csv").read_text().splitlines()) - 1
-    assert f"{count} of these {count} videos trained the model" in done.stderr
+    assert f"{count} of these {count} videos trained the model" in caplog.text
 
 
 def test_names_that_look_like_markup(
