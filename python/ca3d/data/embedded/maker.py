@@ -322,7 +322,7 @@ def _run_processes(jobs: list[Job], finished: Callable[[], None]) -> list[dict[s
             elif line:
                 result = json.loads(line)
                 if isinstance(result, str):
-                    raise UserError(f"cannot write the videos: {result}")
+                    raise OSError(result)
                 rows += result
             else:
                 finished()
